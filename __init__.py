@@ -1,0 +1,30 @@
+"""Concept Nodes: put each concept in its place, turn it up or down, keep it out, and see where the model put it.
+
+ComfyUI imports this file at start-up. It stays light: everything that needs torch or the host is imported by the entry
+point, so that `ops` can be used with torch alone.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+WEB_DIRECTORY = "./web"
+
+log = logging.getLogger("concept_nodes")
+log.setLevel(os.environ.get("CONCEPT_NODES_LOG", "INFO").upper())
+
+
+async def comfy_entrypoint():
+    """Give the host the pack's nodes, and the lab's sliders as LoRA files under `concept_lab/`."""
+    import folder_paths
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import NODES
+
+    folder_paths.add_model_folder_path("loras", str(Path(__file__).parent / "lab" / "loras"))
+
+    class ConceptNodes(ComfyExtension):
+        async def get_node_list(self):
+            return list(NODES)
+
+    return ConceptNodes()
