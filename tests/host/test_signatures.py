@@ -1,0 +1,153 @@
+"""Node signatures are for life: saved workflows hold node ids and input names, and their widget values by position.
+
+`signatures.json` holds what has been published. New nodes and new last inputs are added to it by running this file with
+CONCEPT_NODES_RECORD=signatures; nothing in it is ever changed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from concept_nodes.nodes import NODES
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT = Path(__file__).with_name("signatures.json")
+IMPORT_SECONDS = 0.3
+# Imports the pack's root file by path, as the host does, and prints the seconds that took.
+TIMED_IMPORT = """
+import importlib.util, sys, time
+start = time.perf_counter()
+spec = importlib.util.spec_from_file_location("pack_under_test", sys.argv[1], submodule_search_locations=[sys.argv[2]])
+module = importlib.util.module_from_spec(spec)
+sys.modules["pack_under_test"] = module
+spec.loader.exec_module(module)
+print(time.perf_counter() - start)
+"""
+
+SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
+each_node = pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+
+
+def signature(schema) -> dict:
+    """What a saved workflow depends on. The choices of a COMBO are left out: files come and go."""
+    return {
+        "inputs": [
+            {
+                "name": item.id,
+                "type": item.get_io_type(),
+                "optional": item.optional,
+                "default": getattr(item, "default", None),
+                "range": [getattr(item, "min", None), getattr(item, "max", None)],
+            }
+            for item in schema.inputs
+        ],
+        "outputs": [{"name": item.id, "type": item.get_io_type()} for item in schema.outputs],
+    }
+
+
+def breaks(recorded: dict, current: dict) -> list[str]:
+    """Why a workflow saved under `recorded` would load differently under `current`; empty if it would not."""
+    faults = []
+    for kind in ("inputs", "outputs"):
+        for position, old in enumerate(recorded[kind]):
+            new = current[kind][position] if position < len(current[kind]) else None
+            if new != old:
+                faults.append(f"{kind} {position} was {old}, is {new}")
+    faults += [
+        f"the new input {added['name']!r} is neither optional nor has a default"
+        for added in current["inputs"][len(recorded["inputs"]):]
+        if not added["optional"] and added["default"] is None
+    ]
+    return faults
+
+
+def recorded() -> dict:
+    return json.loads(SNAPSHOT.read_text(encoding="utf-8"))
+
+
+def record() -> None:
+    """Add what is new to the snapshot, unless something published has changed."""
+    published = recorded() if SNAPSHOT.exists() else {}
+    current = {node_id: signature(schema) for node_id, schema in SCHEMAS.items()}
+    if any(breaks(published[node_id], current[node_id]) for node_id in published):
+        return
+    SNAPSHOT.write_text(json.dumps(published | current, indent=1) + "\n", encoding="utf-8")
+
+
+if os.environ.get("CONCEPT_NODES_RECORD") == "signatures":
+    record()
+
+
+def test_every_published_node_is_still_there():
+    assert set(recorded()) <= set(SCHEMAS)
+
+
+@each_node
+def test_signature_is_as_published(schema):
+    published = recorded().get(schema.node_id)
+    assert published is not None, f"{schema.node_id} is new: add it with CONCEPT_NODES_RECORD=signatures"
+    assert breaks(published, signature(schema)) == []
+    assert published == signature(schema), "new inputs or outputs: add them with CONCEPT_NODES_RECORD=signatures"
+
+
+def example() -> dict:
+    inputs = [{"name": name, "type": "FLOAT", "optional": False, "default": 1.0, "range": [0, 1]} for name in ("first", "second")]
+    return {"inputs": inputs, "outputs": [{"name": "model", "type": "MODEL"}]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda current: current["inputs"][0].update(name="renamed"),
+        lambda current: current["inputs"].reverse(),
+        lambda current: current["inputs"][1].update(default=0.5),
+        lambda current: current["inputs"][1].update(range=[0, 0.5]),
+        lambda current: current["inputs"].pop(),
+        lambda current: current["outputs"].insert(0, {"name": "report", "type": "STRING"}),
+        lambda current: current["inputs"].append({"name": "third", "type": "FLOAT", "optional": False, "default": None}),
+    ],
+    ids=["renamed", "reordered", "other default", "other range", "removed", "output in front", "new without default"],
+)
+def test_a_change_that_breaks_saved_workflows_is_seen(change):
+    current = example()
+    change(current)
+    assert breaks(example(), current)
+
+
+def test_a_new_last_input_with_a_default_is_no_break():
+    current = example()
+    current["inputs"].append({"name": "third", "type": "FLOAT", "optional": False, "default": 0.0})
+    assert breaks(example(), current) == []
+
+
+@each_node
+def test_node_explains_itself(schema):
+    assert schema.node_id.startswith("ConceptNodes_")
+    assert schema.category == "concept" or schema.category.startswith("concept/")
+    assert schema.display_name
+    assert schema.description
+    assert schema.search_aliases
+    assert [item.id for item in schema.inputs if not item.tooltip] == []
+    assert [item.id for item in schema.outputs if not item.tooltip] == []
+
+
+@each_node
+def test_node_has_a_help_page_that_covers_its_inputs(schema):
+    page = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {schema.display_name}\n")
+    assert [item.id for item in [*schema.inputs, *schema.outputs] if f"`{item.id}`" not in page] == []
+
+
+def test_no_help_page_is_left_of_a_node_that_is_not():
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
+
+
+def test_pack_imports_fast():
+    command = [sys.executable, "-c", TIMED_IMPORT, str(ROOT / "__init__.py"), str(ROOT)]
+    seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    assert statistics.median(seconds) <= IMPORT_SECONDS, f"seconds: {seconds}"

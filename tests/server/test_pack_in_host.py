@@ -1,0 +1,54 @@
+"""The pack as the host presents it: loaded without a warning, listed, helped, offered with its templates."""
+import re
+from urllib.error import HTTPError
+
+import pytest
+from client import get, get_json
+from host_process import PACK_NAME
+
+from concept_nodes.nodes import NODES
+
+NODE_IDS = [node.define_schema().node_id for node in NODES]
+# The host's own start-up advice on where it keeps settings; the only warnings that an empty host prints.
+HOST_ADVICE = "******"
+
+
+def test_pack_loads_without_a_warning(host):
+    complaints = [line for line in host.log.split("To see the GUI")[0].splitlines()
+                  if re.search(r"\[(WARNING|ERROR|CRITICAL)\]|Traceback|Warning:|IMPORT FAILED", line) and HOST_ADVICE not in line]
+    assert complaints == []
+    assert PACK_NAME in host.log, "the host's list of import times does not name the pack"
+
+
+def test_host_lists_our_nodes_and_keeps_its_own(client):
+    listed = client.object_info()
+    assert set(NODE_IDS) <= set(listed)
+    assert {"KSampler", "LoraLoaderModelOnly", "VAEDecode"} <= set(listed)
+    ours = {node_id for node_id, info in listed.items() if info["python_module"].endswith(PACK_NAME)}
+    assert ours == set(NODE_IDS)
+
+
+def test_stock_lora_loader_offers_the_shipped_slider(client):
+    offered = client.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
+    names = offered[0] if isinstance(offered[0], list) else offered[1]["options"]
+    assert "concept_lab/background.safetensors" in [name.replace("\\", "/") for name in names]
+
+
+@pytest.mark.parametrize("node_id", NODE_IDS)
+def test_help_page_is_served_where_the_frontend_looks(host, node_id):
+    page = get(f"{host.url}/extensions/{PACK_NAME}/docs/{node_id}.md").decode("utf-8")
+    assert page.startswith("# ")
+
+
+def test_templates_are_the_ui_workflows_only(host):
+    offered = get_json(f"{host.url}/api/workflow_templates")[PACK_NAME]
+    assert "slider" in offered
+    for name in offered:
+        workflow = get_json(f"{host.url}/api/workflow_templates/{PACK_NAME}/{name}.json")
+        assert {"nodes", "links", "version"} <= set(workflow), f"{name} is offered as a template but is no saved workflow"
+        assert get(f"{host.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg")[:2] == b"\xff\xd8"
+
+
+def test_nothing_but_the_web_folder_is_served(host):
+    with pytest.raises(HTTPError):
+        get(f"{host.url}/extensions/{PACK_NAME}/../pyproject.toml")
