@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 import pytest
+
 from pack import load_pack, use_host
 
 BASE = pytest.StashKey[str]()
