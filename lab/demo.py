@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     attribute = Path(listed["slider"]).stem
     columns = {label: [Image.open(folder / name).convert("RGB") for name in names] for label, names in listed["columns"].items()}
     pictures = [picture for column in columns.values() for picture in column]
-    values = iter(getattr(Eye.load().read(as_batch(pictures)), attribute).flatten().tolist())
+    values = iter([getattr(reading, attribute) for reading in Eye.load().read(as_batch(pictures))])
     measured = {label: [next(values) for _ in column] for label, column in columns.items()}
 
     sheet(columns, measured, attribute).save(folder / "contact_sheet.png")
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
 
 
 def as_batch(pictures: list[Image.Image]) -> torch.Tensor:
-    """(N, 3, H, W) float32, 0..1."""
-    return torch.stack([torch.from_numpy(np.asarray(picture, np.float32) / 255) for picture in pictures]).movedim(-1, 1)
+    """(N, H, W, 3) float32, 0..1."""
+    return torch.stack([torch.from_numpy(np.asarray(picture, np.float32) / 255) for picture in pictures])
 
 
 def same(first: Image.Image, second: Image.Image) -> bool:
