@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 def run(arguments: list[str]) -> int:
     """Run one command line; its exit status. What the user can put right is said in one line, below the end of the log that shows it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that a server started here is stopped
-    options = parse(arguments)
+    options = parse(arguments or ["--help"])
     try:
         return options.command(options) or 0
     except SetupError as error:
@@ -141,7 +141,7 @@ def run_lab(options) -> int:
 
 
 def list_families(options) -> int:
-    return Ready().inside("concept_nodes.host.families", device=options.device)
+    return Ready().inside("concept_nodes.setup.families", device=options.device)
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------------------
@@ -151,27 +151,27 @@ def run_tests(options) -> int:
     unknown = [tier for tier in options.tiers if tier not in TIERS]
     if unknown:
         raise SetupError(f"There is no test tier {unknown[0]!r}; there are: {', '.join(TIERS)}.")
+    chosen = options.tiers or TIERS
     required = {*options.require, *os.environ.get("CONCEPT_NODES_REQUIRE", "").replace(",", " ").split()}
     ready = Ready(tools=True)
     total, left_out = Count(), []
     total += run_check(ready, "ruff", "check", ROOT)
     total += run_check(ready, "ruff", "format", "--check", ROOT)
-    chosen = options.tiers or TIERS
     for tier in chosen:
         missing = why_not(tier)
-        if missing and tier not in required:
-            left_out.append(f"{tier} did not run: {missing}")
-        elif missing:
-            print(f"{tier} is required and cannot run: {missing}")
+        if missing is None:
+            total += run_tier(ready, tier, options, required)
+        elif tier in required:
+            print(f"\nThe {tier} tier is required and cannot run: {missing}.")
             total += Count(failed=1)
         else:
-            total += run_tier(ready, tier, options)
+            left_out.append(f"{tier} did not run: {missing}")
     if "browser" in chosen:
         counted, missing = run_node_tests()
         total += counted
         left_out += [missing] if missing else []
     print(f"\n{total}" + (f" ({'; '.join(left_out)})" if left_out else ""))
-    return 1 if total.failed or not total.passed else 0
+    return 1 if total.failed else 0
 
 
 class Count:
@@ -190,12 +190,12 @@ class Count:
 def why_not(tier: str) -> str | None:
     """What this machine lacks to run a tier; None where it can."""
     if tier == "browser" and not browser():
-        return "no Chromium or Chrome was found (CONCEPT_NODES_BROWSER may name one)"
+        return "no Chromium or Chrome was found, CONCEPT_NODES_CHROMIUM may name one"
     return None
 
 
 def browser() -> str | None:
-    named = os.environ.get("CONCEPT_NODES_BROWSER")
+    named = os.environ.get("CONCEPT_NODES_CHROMIUM")
     if named:
         return named if Path(named).is_file() else None
     return next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -207,7 +207,7 @@ def run_check(ready: Ready, *command) -> Count:
     return Count(failed=1) if failed else Count(passed=1)
 
 
-def run_tier(ready: Ready, tier: str, options) -> Count:
+def run_tier(ready: Ready, tier: str, options, required: set[str]) -> Count:
     """Run one folder of tests in a process of its own, so that the host of one tier cannot reach another."""
     print(f"\n== tests/{tier}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +215,11 @@ def run_tier(ready: Ready, tier: str, options) -> Count:
         status = ready.inside(
             *("pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", f"cache_dir={ready.home / 'pytest'}"),
             *("--device", options.device, "--junitxml", report, ROOT / "tests" / tier, *options.passed_on),
-            variables={"CONCEPT_NODES_BROWSER": browser() or "", "HYPOTHESIS_STORAGE_DIRECTORY": str(ready.home / "hypothesis")},
+            variables={
+                "CONCEPT_NODES_CHROMIUM": browser() or "",
+                "CONCEPT_NODES_REQUIRE": " ".join(required),
+                "HYPOTHESIS_STORAGE_DIRECTORY": str(ready.home / "hypothesis"),
+            },
         )
         counted = read_report(report)
     if status and not counted.failed and not (status == 5 and options.passed_on):

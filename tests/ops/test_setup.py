@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from concept_nodes.setup import SetupError, hosts, install
+from concept_nodes.setup import SetupError, commands, demo, hosts, install, server
 
 from pack import ROOT
 
@@ -378,3 +379,89 @@ def test_a_pack_inside_custom_nodes_uses_that_host(tmp_path, monkeypatch):
 def test_a_given_host_keeps_its_bytecode_out_of_its_own_folder(tmp_path):
     variables = hosts.Host(tmp_path, Path(sys.executable), private=False).environment(tmp_path / "home")
     assert variables["PYTHONPYCACHEPREFIX"] == str(tmp_path / "home" / "pycache")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_follows_two_dashes_goes_to_pytest():
+    options = commands.parse(["test", "ops", "server", "--device", "cuda", "--", "-k", "slider", "--require"])
+    assert (options.tiers, options.device, options.require, options.passed_on) == (
+        ["ops", "server"],
+        "cuda",
+        [],
+        ["-k", "slider", "--require"],
+    )
+
+
+def test_everything_after_lab_goes_to_the_lab():
+    assert commands.parse(["lab", "unet", "--steps", "5", "--help"]).arguments == ["unet", "--steps", "5", "--help"]
+
+
+def test_a_report_adds_up(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="3"/></testsuites>')
+    assert str(commands.read_report(report) + commands.Count(passed=1)) == "4 passed, 3 failed, 3 skipped"
+    assert str(commands.read_report(tmp_path / "none.xml")) == "0 passed, 0 failed, 0 skipped"
+
+
+@pytest.mark.parametrize("required", [False, True], ids=["left-out", "required"])
+def test_a_tier_that_cannot_run_is_named_and_fails_only_where_it_is_required(tmp_path, monkeypatch, capsys, required):
+    class Ready:
+        """Stands for a finished set-up whose linters pass; the browser tier must not be started."""
+
+        home = tmp_path
+
+        def __init__(self, tools):
+            assert tools
+
+        def inside(self, module, *_, **__):
+            assert module == "ruff"
+            return 0
+
+    monkeypatch.setattr(commands, "Ready", Ready)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CONCEPT_NODES_CHROMIUM", "")
+    monkeypatch.setenv("CONCEPT_NODES_REQUIRE", "browser" if required else "")
+    monkeypatch.setattr(commands, "run_node_tests", lambda: (commands.Count(), None))
+    status = commands.run(["test", "browser"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (status, last) == (
+        (1, "2 passed, 1 failed, 0 skipped")
+        if required
+        else (
+            0,
+            "2 passed, 0 failed, 0 skipped (browser did not run: no Chromium or Chrome was found, CONCEPT_NODES_CHROMIUM may name one)",
+        )
+    )
+
+
+def test_the_plain_graph_has_no_slider_and_keeps_the_rest():
+    graph = {
+        "1": {"class_type": "Loader", "inputs": {}},
+        "2": {"class_type": demo.SLIDER, "inputs": {"model": ["1", 0], "strength": 1.0}},
+        "3": {"class_type": "KSampler", "inputs": {"model": ["2", 0], "seed": 7}},
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+    plain = demo.without(graph, "2")
+    assert plain == {"1": graph["1"], "3": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "seed": 7}}}
+    assert demo.with_strength(graph, "2", -2)["2"]["inputs"]["strength"] == -2 and graph["2"]["inputs"]["strength"] == 1.0
+
+
+def test_the_demo_s_workflow_has_a_slider_and_saves_its_pictures():
+    classes = [node["class_type"] for node in json.loads(demo.WORKFLOW.read_text(encoding="utf-8")).values()]
+    assert classes.count(demo.SLIDER) == 1 and "SaveImage" in classes
+
+
+def test_a_refused_workflow_names_node_and_reason():
+    body = {"error": {"message": "x"}, "node_errors": {"2": {"errors": [{"message": "Value not in list", "details": "file: 'no'"}]}}}
+    said = server.refusal(json.dumps(body).encode(), {"2": {"class_type": demo.SLIDER}})
+    assert said == "ConceptNodes_Slider (node 2): Value not in list, file: 'no'"
+
+
+def test_removing_a_server_s_folder_leaves_the_pack(tmp_path):
+    server.link_pack(tmp_path / "base" / "custom_nodes" / server.PACK)
+    server.link_pack(tmp_path / "base" / "custom_nodes" / server.PACK)  # a second start finds its link
+    server.remove_base(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    assert (ROOT / "run.py").is_file()
