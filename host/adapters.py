@@ -1,0 +1,300 @@
+"""LoRA files on a host model: read, placed on layers by the host's own key maps, and made into an effect.
+
+Whatever name the stock LoRA loader knows is placed here on the same weight. Adapters that are not plain low-rank sums are told, not bent.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import torch
+from comfy.weight_adapter.lora import LoRAAdapter
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..ops.lora import Factors, Stack, merge_middle
+from .dispatcher import Call, Effect
+from .families import Family, family_of, family_of_file, layer_kind
+
+log = logging.getLogger("concept_nodes")
+
+TEXT_ENCODER = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl\.)")
+OTHER_KINDS = {
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "OFT": r"\.oft_",
+    "DoRA": r"\.dora_scale$",
+    "full weight difference": r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$",
+}
+KEYS_SHOWN = 3
+
+
+class AdapterError(ValueError):
+    """A LoRA that cannot be read or placed, and what to do about it."""
+
+
+class Window(NamedTuple):
+    """The noise levels at which an effect acts: end < sigma <= start."""
+
+    start: float = math.inf
+    end: float = -math.inf
+
+    @classmethod
+    def of(cls, model_sampling, start_percent: float, end_percent: float) -> Window:
+        """A window given in shares of sampling, 0 to 1, by the host's own percent_to_sigma.
+
+        A step exactly at the start acts and one exactly at the end does not, so that windows that meet share no step (the host's conditions
+        take both ends). 0 and 1 reach beyond every sigma. Bounds are rounded to float32, like the sigmas they are compared with.
+        """
+        start = math.inf if start_percent <= 0 else float(model_sampling.percent_to_sigma(start_percent))
+        end = -math.inf if end_percent >= 1 else float(model_sampling.percent_to_sigma(end_percent))
+        return cls(*torch.tensor([start, end], dtype=torch.float32).tolist())
+
+    def holds(self, sigma: float) -> bool:
+        return self.end < sigma <= self.start
+
+
+EVERYWHERE = Window()
+
+
+class LowRank(NamedTuple):
+    """What one file adds to one layer; several factors where the layer fuses projections that the file keeps apart."""
+
+    factors: tuple[Factors, ...]
+
+    @classmethod
+    def join(cls, parts, module, device, dtype) -> Stack:
+        """One stacked pass for the adapters of all effects on the layer."""
+        return Stack([part.factors for part in parts], device, dtype, _convolution(module))
+
+
+class AdapterEffect(Effect):
+    """A LoRA acting at one strength within a window."""
+
+    def __init__(self, name: str, parts: Mapping[str, LowRank], strength: float, window: Window):
+        super().__init__(name, parts)
+        self.amount, self.window = strength, window
+
+    def strength(self, call: Call) -> float:
+        if self.window == EVERYWHERE or self.window.holds(call.sigma):
+            return self.amount
+        return 0.0
+
+
+class Placement(NamedTuple):
+    """A LoRA placed on a model: its parts by module name, and what to tell about it."""
+
+    parts: dict[str, LowRank]
+    report: str
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file (safetensors, or .pt read as tensors only). Raises AdapterError that names the file."""
+    try:
+        state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except pickle.UnpicklingError as error:
+        raise AdapterError(
+            f"'{path.name}' holds more than tensors and was not opened, because opening it could run code. Ask for it as safetensors."
+        ) from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise AdapterError(
+            f"'{path.name}' cannot be read ({reason[0] if reason else type(error).__name__}). It is damaged, cut short or no LoRA: "
+            f"download or save it again. It lies at {path}."
+        ) from error
+    return checked(state, path.name)
+
+
+def checked(state, label: str) -> dict[str, torch.Tensor]:
+    """`state` if it is a dictionary of tensors. Raises AdapterError otherwise."""
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise AdapterError(f"'{label}' is no LoRA: it is not a dictionary of tensors. Choose a LoRA file, or save it again as safetensors.")
+    if not state:
+        raise AdapterError(f"'{label}' is empty. Download or save it again.")
+    return dict(state)
+
+
+def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
+    """Put the LoRA `state` on the layers of a MODEL. `label` names it in messages.
+
+    Raises AdapterError when nothing of it fits, when it was made for another family or when it holds NaN or infinity, and
+    UnsupportedFamily.
+    """
+    model = patcher.model
+    family = family_of(model)
+    targets = comfy.lora.model_lora_keys_unet(model, {})
+    state = _renamed(comfy.lora_convert.convert_lora(dict(state)), family, targets)
+    names = {id(tensor): key for key, tensor in state.items()}
+    patches = comfy.lora.load_lora(state, targets, log_missing=False)
+
+    parts: dict[str, LowRank] = {}
+    skipped: Counter[str] = Counter()
+    used: set[str] = set()
+    ranks, scales, kinds = set(), set(), Counter()
+    for target, patch in patches.items():
+        if isinstance(patch, tuple):
+            # Whole differences; their keys are told below.
+            continue
+        used |= patch.loaded_keys
+        key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
+        name = key.removesuffix(".weight")
+        fault = _other_kind(patch)
+        if fault is None:
+            _check_finite(patch, names, label)
+            factors = _factors(patch, model.get_submodule(name), offset, function)
+            fault = "of another shape than the layer" if factors is None else None
+        if fault is not None:
+            skipped[fault] += 1
+            continue
+        parts[name] = LowRank((*parts[name].factors, factors) if name in parts else (factors,))
+        ranks.add(factors.down.shape[0])
+        scales.add(round(factors.scale, 6))
+        kinds[layer_kind(family, name)] += 1
+    unused = [key for key in state if key not in used]
+    skipped += Counter(_kind_of_key(key) for key in _first_of_each(unused))
+
+    made_for = family_of_file({key: tuple(tensor.shape) for key, tensor in state.items()})
+    foreign = made_for is not None and made_for is not family and bool(skipped)
+    if not parts or foreign:
+        raise AdapterError(_refusal(label, family, made_for if foreign else None, skipped, list(state)))
+    if unused:
+        log.info("%s: %d keys not applied: %s", label, len(unused), ", ".join(unused))
+    return Placement(parts, _report(parts, family, ranks, scales, kinds, skipped, unused))
+
+
+def _renamed(state: dict[str, torch.Tensor], family: Family, targets: Mapping) -> dict[str, torch.Tensor]:
+    """Keys under the prefixes the host knows; published sliders of some families carry others."""
+
+    def rename(key: str) -> str:
+        for old, new in family.renamed.items():
+            if key.startswith(old) and key.split(".")[0] not in targets:
+                return new + key.removeprefix(old)
+        return key
+
+    return {rename(key): tensor for key, tensor in state.items()}
+
+
+def _other_kind(patch) -> str | None:
+    """What a patch is if it is no plain LoRA."""
+    if not isinstance(patch, LoRAAdapter):
+        return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}.get(patch.name, patch.name.upper())
+    _, _, _, _, dora, reshape = patch.weights
+    if dora is not None:
+        return "DoRA"
+    return None if reshape is None else "for layers of another size"
+
+
+def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> None:
+    up, down, alpha, middle, *_ = patch.weights
+    for tensor in (up, down, middle):
+        if tensor is not None and not torch.isfinite(tensor.float()).all():
+            key = names.get(id(tensor), "a tensor")
+            raise AdapterError(f"'{label}' holds NaN or infinity in {key}: its training failed or the file is damaged. Use another copy.")
+    if alpha is not None and not math.isfinite(alpha):
+        key = names.get(id(down), "a layer")
+        raise AdapterError(f"'{label}' has {alpha} for the alpha of {key}: its training failed or the file is damaged. Use another copy.")
+
+
+def _factors(patch: LoRAAdapter, module, offset, function) -> Factors | None:
+    """A host adapter as factors for `module`, or None where the shapes do not fit.
+
+    offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs.
+    """
+    shape = _weight_shape(module)
+    if shape is None:
+        return None
+    up, down, alpha, middle, *_ = patch.weights
+    rank = down.shape[0]
+    if middle is not None:
+        down = merge_middle(down.float(), middle.float())
+    up = up.flatten(1)
+    inputs = list(shape[1:])
+    dimension, first, length = offset or (None, 0, 0)
+    if dimension == 1:
+        inputs[0] = length
+    outputs = length if dimension == 0 else shape[0]
+    if up.shape != (outputs, down.shape[0]) or down.flatten(1).shape[1] != math.prod(inputs):
+        return None
+    down = down.reshape(-1, *inputs)
+    if dimension == 1:
+        whole = down.new_zeros(down.shape[0], *shape[1:])
+        whole.narrow(1, first, length).copy_(down)
+        down = whole
+    if function is not None:
+        # Only a reordering of outputs can be done on B alone.
+        reordered, probe = function(up), torch.eye(up.shape[1], dtype=torch.float32)[:, :1]
+        if reordered.shape != up.shape or not torch.equal(function(up.float() @ probe), reordered.float() @ probe):
+            return None
+        up = reordered
+    return Factors(down, up, 1.0 if alpha is None else alpha / rank, (first, length) if dimension == 0 else None)
+
+
+def _weight_shape(module) -> tuple[int, ...] | None:
+    """(out, in, *kernel) of a layer that can carry a LoRA, without touching its weight; None for any other module."""
+    if isinstance(module, _ConvNd):
+        plain = not isinstance(module, _ConvTransposeNd) and module.groups == 1 and module.padding_mode == "zeros"
+        return (module.out_channels, module.in_channels, *module.kernel_size) if plain else None
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return (module.out_features, module.in_features)
+    return None
+
+
+def _convolution(module) -> dict | None:
+    if not isinstance(module, _ConvNd):
+        return None
+    return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+
+
+def _first_of_each(keys: list[str]) -> list[str]:
+    """One key per layer: a layer's up, down and alpha are one adapter."""
+    return list({re.sub(r"\.(lora|hada|lokr|oft)_?[^.]*(\.\w+)*$|\.(alpha|dora_scale)$", "", key): key for key in keys}.values())
+
+
+def _kind_of_key(key: str) -> str:
+    if TEXT_ENCODER.match(key):
+        return "for the text encoder"
+    return next((kind for kind, pattern in OTHER_KINDS.items() if re.search(pattern, key)), "for layers this model does not have")
+
+
+def _refusal(label: str, family: Family, made_for: Family | None, skipped: Counter, keys: list[str]) -> str:
+    shown = ", ".join(keys[:KEYS_SHOWN])
+    if made_for is not None:
+        return (
+            f"'{label}' looks made for {made_for.name}, and this model is {family.name}. Choose a LoRA for {family.name}, or load the "
+            f"model it was made for. Its keys: {shown}, ..."
+        )
+    if set(skipped) == {"for the text encoder"}:
+        return f"'{label}' is for the text encoder only and needs CLIP: use the host's Load LoRA node for it. Its keys: {shown}, ..."
+    return (
+        f"Nothing in '{label}' fits this model ({family.name}): {_counts(skipped)}. Choose a plain LoRA (on linear and convolution layers) "
+        f"that was made for {family.name}. Its keys: {shown}, ..."
+    )
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counter.most_common())
+
+
+def _report(parts, family: Family, ranks, scales, kinds: Counter, skipped: Counter, unused: list[str]) -> str:
+    def numbers(values) -> str:
+        low, high = min(values), max(values)
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+    lines = [f"Placed on {len(parts)} layers of {family.name} ({_counts(kinds)}); rank {numbers(ranks)}, alpha / rank {numbers(scales)}."]
+    if skipped:
+        lines.append(f"Not applied: {_counts(skipped)}.")
+    if skipped["for the text encoder"]:
+        lines.append("Text encoder adapters need CLIP: use the host's Load LoRA node for those, with the model strength at 0.")
+    if unused:
+        lines.append(f"Keys not applied, for instance: {', '.join(unused[:KEYS_SHOWN])}.")
+    return "\n".join(lines)

@@ -1,0 +1,336 @@
+"""The engine: everything of this pack that acts inside a model acts through here.
+
+A node hands an `Effect` to `attach`; nothing is touched until the model samples. Then:
+
+    ON_PRE_RUN    a `Run` resolves the effects' modules by name in the patcher that will sample (clones, deep copies, delegates and copies
+    on
+                  further GPUs included), and a `Gate` takes the place of the model's `apply_model`
+    each call     the gate asks whose call it is and which effects act at its sigma, puts a `Layer` in the place of every module's `forward`
+                  for as long as the call lasts, and takes them away again; a call in which nothing acts is the plain model's call
+    ON_CLEANUP    the gate goes
+
+Why forward exists only during the call: other code may replace, restore or re-inject forwards between calls (the host ejects and injects at
+every load), two patchers may share one model in one sampling (DualModelGuider), and an error at any point must leave plain modules.
+Why forward and no forward hook: torch.compile ignores hooks that are added after it compiled. It guards on the function behind a bound
+method, not on the object it is bound to, so that new `Layer`s each call compile once; strengths reach it as tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
+
+from .run_record import make_record, remember
+
+KEY = "concept_nodes"
+RUN = "concept_nodes_run"
+
+Act = Callable[..., Any]
+"""`act(output, fresh, *inputs, **options)` returns the module's output as the model shall see it. It may write to `output` where `fresh` is
+true, must not keep it (the host's blocks write in place), and holds what changes between calls in tensors, not in Python values."""
+
+
+class Part(Protocol):
+    """What an effect places on one module. Parts of one class that meet on a module are joined into one act."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Part], module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Act:
+        """One act for all `parts` of `module`. It has `set_strengths(strengths)`, one number per part, called whenever one changed."""
+
+
+class Call:
+    """One evaluation of a model, as the host announces it."""
+
+    def __init__(self, model, x: torch.Tensor, t: torch.Tensor, options: Mapping[str, Any]):
+        self.model, self.x, self.t, self.options = model, x, t, options
+
+    @cached_property
+    def sigma(self) -> float:
+        """The noise level. Reading it waits for the GPU: ask only when something depends on it."""
+        return float(self.t.flatten()[0])
+
+    @property
+    def owner(self):
+        """The patcher whose call this is. Two patchers may share one model in one sampling, and the host then remembers only the last."""
+        for uuid in self.options.get("uuids", ()):
+            patcher = _claims.get(uuid)
+            if patcher is not None and patcher.model is self.model:
+                return patcher
+        return self.model.current_patcher
+
+
+class Effect:
+    """What a node adds to a model: parts by module name (from the host's BaseModel, "diffusion_model...."), and how strongly they act."""
+
+    def __init__(self, name: str, parts: Mapping[str, Part]):
+        self.name, self.parts = name, parts
+
+    def strength(self, call: Call) -> float:
+        """The strength in this call; 0.0 leaves the call exactly as it is without the effect."""
+        raise NotImplementedError
+
+
+def attach(patcher, effect: Effect) -> None:
+    """Let `effect` act whenever `patcher`, which must be a clone of the caller's own, samples. Effects add up over chained nodes."""
+    patcher.set_attachments(KEY, (*attached(patcher), effect))
+    if patcher.get_callbacks(CallbacksMP.ON_PRE_RUN, KEY):
+        return
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _begin)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
+    # A guider's second model is prepared with its own options only; what the patcher itself holds is not asked.
+    if not get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, patcher.model_options, is_model_options=True):
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare, patcher.model_options, is_model_options=True)
+
+
+def attached(patcher) -> tuple[Effect, ...]:
+    """The effects on a patcher, in the order their nodes were chained."""
+    return patcher.get_attachment(KEY) or ()
+
+
+class Overlay:
+    """A method of one object replaced through the object's `__dict__`, and put back.
+
+    If someone replaces it again on top and is still there when ours is to go, ours stays in their chain and passes through; it goes when
+    it is next called with nobody above it.
+    """
+
+    method: str
+
+    def __init__(self, owner):
+        self.owner = owner
+        self.bound = None
+
+    def place(self) -> None:
+        held = vars(self.owner)
+        self.before = held.get(self.method)
+        self.inner = getattr(self.owner, self.method)
+        self.bound = held[self.method] = self.replacement
+
+    def remove(self) -> None:
+        held = vars(self.owner)
+        if self.bound is None or held.get(self.method) is not self.bound:
+            return
+        if self.before is None:
+            del held[self.method]
+        else:
+            held[self.method] = self.before
+
+    def replacement(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+class Layer(Overlay):
+    """A module's forward, followed by the acts on it."""
+
+    method = "forward"
+
+    def __init__(self, module: torch.nn.Module, acts: tuple[Act, ...]):
+        super().__init__(module)
+        self.acts = acts
+
+    def remove(self) -> None:
+        super().remove()
+        self.acts = ()
+
+    def replacement(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        if not self.acts and not torch.compiler.is_compiling():
+            Overlay.remove(self)
+        for act in self.acts:
+            output = act(output, self.before is None, *args, **kwargs)
+        return output
+
+
+class Gate(Overlay):
+    """A model's apply_model: every call of every patcher that shares the model passes here."""
+
+    method = "apply_model"
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.runs: list[Run] = []
+        self.layers: list[Layer] = []
+
+    @classmethod
+    def of(cls, model) -> Gate:
+        """The gate on top of `model`, placed now if there is none."""
+        gate = getattr(vars(model).get(cls.method), "__self__", None)
+        if not isinstance(gate, cls):
+            gate = cls(model)
+            gate.place()
+        return gate
+
+    def replacement(self, x, t, *args, **kwargs):
+        if not self.runs:
+            self.remove()
+            return self.inner(x, t, *args, **kwargs)
+        # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
+        options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
+        call = Call(self.owner, x, t, options)
+        owner = call.owner
+        run = next((run for run in self.runs if run.patcher is owner), None)
+        with self._acting(run.layers(call) if run else []):
+            return self.inner(x, t, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _acting(self, layers: list[Layer]) -> Iterator[None]:
+        # A call from within a call (some wrappers evaluate the model again) sees its own layers only.
+        outer, self.layers = self.layers, layers
+        try:
+            for layer in reversed(outer):
+                Overlay.remove(layer)
+            for layer in layers:
+                layer.place()
+            yield
+        finally:
+            for layer in reversed(layers):
+                layer.remove()
+            for layer in outer:
+                layer.place()
+            self.layers = outer
+
+
+class Run:
+    """One patcher's effects from its pre_run to its cleanup; tensors on the device live no longer than this."""
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.effects = attached(patcher)
+        names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
+        self.modules = {name: patcher.model.get_submodule(name) for name in names}
+        self.calls: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        self._key = self._strengths = None
+        self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
+
+    def layers(self, call: Call) -> list[Layer]:
+        """The layers for one call: none when no effect acts in it."""
+        strengths = tuple(effect.strength(call) for effect in self.effects)
+        active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
+        self.calls.append((call.t.detach().flatten()[:1].float(), active))
+        if not active:
+            return []
+        key = (active, call.x.device, call.model.get_dtype_inference())
+        if key != self._key:
+            self._acts = {name: self._join(name, *key) for name in self.modules}
+            self._key, self._strengths = key, None
+        if strengths != self._strengths:
+            for act, members in (pair for acts in self._acts.values() for pair in acts):
+                act.set_strengths([strengths[index] for index in members])
+            self._strengths = strengths
+        return [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+
+    def _join(self, name: str, active: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Act, list[int]]]:
+        """The acts on one module, each with the effects that it joins."""
+        members: dict[type, list[int]] = {}
+        for index in active:
+            if name in self.effects[index].parts:
+                members.setdefault(type(self.effects[index].parts[name]), []).append(index)
+
+        def parts(indices):
+            return [self.effects[index].parts[name] for index in indices]
+
+        return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in members.items()]
+
+    def sigmas(self) -> tuple[list[float], dict[Effect, list[float]]]:
+        """The noise level of every call, and for each effect those of the calls it acted in."""
+        levels = torch.cat([level.cpu() for level, _ in self.calls]).tolist() if self.calls else []
+        acted = {
+            effect: [level for level, (_, active) in zip(levels, self.calls, strict=True) if index in active]
+            for index, effect in enumerate(self.effects)
+        }
+        return levels, acted
+
+
+# Condition entry (by the host's uuid) -> the patcher that evaluates it, where a guider samples with two patchers.
+_claims: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+_sampling = threading.local()
+
+
+def _begin(patcher) -> None:
+    """ON_PRE_RUN."""
+    # One run per patcher: a guider may begin the same patcher twice, and a run whose sampling died before its cleanup is replaced.
+    _end(patcher)
+    run = Run(patcher)
+    gate = Gate.of(patcher.model)
+    gate.runs.append(run)
+    vars(patcher)[RUN] = (gate, run)
+    for runs in getattr(_sampling, "nested", [])[-1:]:
+        runs.append(run)
+
+
+def _end(patcher) -> None:
+    """ON_CLEANUP."""
+    gate, run = vars(patcher).pop(RUN, (None, None))
+    if run is None:
+        return
+    gate.runs.remove(run)
+    if not gate.runs:
+        gate.remove()
+    for uuid in [uuid for uuid, owner in _claims.items() if owner is patcher]:
+        _claims.pop(uuid, None)
+
+
+def _prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
+    """PREPARE_SAMPLING. Conditions belong to the first patcher that is prepared with them: a guider prepares its second model first,
+    with its own conditions only, and its main model with all of them."""
+    if attached(patcher):
+        for entries in conds.values():
+            _claim(patcher, entries)
+    return executor(patcher, noise_shape, conds, *args, **kwargs)
+
+
+def _claim(patcher, conds) -> None:
+    for cond in conds:
+        _claims.setdefault(cond["uuid"], patcher)
+
+
+def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+    """OUTER_SAMPLE. Keeps the record of what the effects did, under the latents that come out."""
+    guider = executor.class_obj
+    # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
+    second = getattr(guider, "uncond_model_patcher", None)
+    seconds = guider.conds.get("negative", ()) if second is not None else ()
+    _claim(second, seconds)
+    denoised = []
+
+    def watch(step, x0, x, total):
+        denoised[:] = [x0]
+        return callback(step, x0, x, total) if callback is not None else None
+
+    runs: list[Run] = []
+    _sampling.nested = [*getattr(_sampling, "nested", []), runs]
+    try:
+        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, watch, *args, **kwargs)
+    finally:
+        _sampling.nested = _sampling.nested[:-1]
+        for run in runs:
+            # The host ends them itself, unless it fails between a pre_run and the block that ends it.
+            if vars(run.patcher).get(RUN, (None, None))[1] is run:
+                _end(run.patcher)
+        for cond in seconds:
+            _claims.pop(cond["uuid"], None)
+    if isinstance(output, torch.Tensor):
+        # Samplers hand out the last denoised latent too, computed like this.
+        latents = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]
+        remember(_record(sigmas, runs), output, *latents)
+    return output
+
+
+def _record(schedule: torch.Tensor, runs: list[Run]):
+    """The record of one sampling, over all models that had effects in it (copies on further GPUs share theirs)."""
+    calls: list[float] = []
+    acted: dict[Effect, list[float]] = {}
+    for run in runs:
+        levels, by_effect = run.sigmas()
+        calls += levels
+        for effect, active in by_effect.items():
+            acted.setdefault(effect, []).extend(active)
+    return make_record(schedule.tolist(), calls, [(effect.name, active) for effect, active in acted.items()])

@@ -1,0 +1,131 @@
+"""The table of model families: how a model is recognised, what its files look like and what is known to suit it.
+
+A new family is a new row. Names of the host's classes are compared as text, so that the table can be printed without the host.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """A family of diffusion models.
+
+    name           how it is called in reports and errors
+    configs        class names of the host's model configurations (comfy.supported_models)
+    layers         kind of layer -> pattern of its module names; the first match counts
+    text_width     width of the text states its cross-attention reads; None where a file's keys do not show it
+    file_pattern   what only LoRA files of this family have in their keys
+    renamed        prefixes of published files that the host does not know -> the host's
+    slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    layers: dict[str, str]
+    text_width: int | None
+    file_pattern: str
+    renamed: dict[str, str]
+    slider_start: float
+
+
+UNET_LAYERS = {
+    "self-attention": r"\.attn1\.",
+    "cross-attention": r"\.attn2\.",
+    "feed-forward": r"\.ff\.",
+    "residual": r"\.(in_layers|out_layers|emb_layers|skip_connection)",
+}
+
+FAMILIES = (
+    Family(
+        name="Stable Diffusion 1.5",
+        configs=("SD15", "SD15_instructpix2pix"),
+        layers=UNET_LAYERS,
+        text_width=768,
+        file_pattern=r"up_blocks[_.]3[_.]attentions",
+        renamed={},
+        slider_start=0.2,
+    ),
+    Family(
+        name="SDXL",
+        configs=("SDXL", "SSD1B", "Segmind_Vega", "KOALA_700M", "KOALA_1B", "SDXL_instructpix2pix"),
+        layers=UNET_LAYERS,
+        text_width=2048,
+        file_pattern=r"(attentions|input_blocks|output_blocks|middle_block)[_.].*transformer_blocks[_.][1-9]",
+        renamed={},
+        slider_start=0.25,
+    ),
+    Family(
+        name="Flux.1",
+        configs=("Flux", "FluxSchnell", "FluxInpaint"),
+        layers={"double blocks": r"double_blocks\.", "single blocks": r"single_blocks\."},
+        text_width=None,
+        file_pattern=r"(double_blocks|single_blocks|single_transformer_blocks)[_.]",
+        renamed={
+            "lora_unet_transformer_blocks_": "lora_transformer_transformer_blocks_",
+            "lora_unet_single_transformer_blocks_": "lora_transformer_single_transformer_blocks_",
+        },
+        slider_start=0.05,
+    ),
+)
+
+
+class UnsupportedFamily(ValueError):
+    """The model's family has no row in the table."""
+
+
+def family_of(model) -> Family:
+    """The family of a host model (comfy.model_base.BaseModel). Raises UnsupportedFamily that lists what is supported."""
+    config = type(model.model_config).__name__
+    for family in FAMILIES:
+        if config in family.configs:
+            return family
+    raise UnsupportedFamily(f"This model is of the family {config}, which Concept Nodes do not support yet. Supported: {supported()}.")
+
+
+def family_of_file(shapes: dict[str, tuple[int, ...]]) -> Family | None:
+    """The family that a LoRA file was made for, from its keys and shapes; None where they do not tell."""
+    widths = {
+        shape[-1] if len(shape) == 2 else shape[1]
+        for key, shape in shapes.items()
+        if re.search(r"attn2[_.]to[_.][kv]\.(lora_down|lora_A|lora\.down)", key) and len(shape) > 1
+    }
+    for family in FAMILIES:
+        if family.text_width in widths:
+            return family
+    for family in reversed(FAMILIES):
+        if any(re.search(family.file_pattern, key) for key in shapes):
+            return family
+    return None
+
+
+def layer_kind(family: Family, module: str) -> str:
+    """Which of the family's kinds of layer a module is."""
+    return next((kind for kind, pattern in family.layers.items() if re.search(pattern, module)), "other")
+
+
+def supported() -> str:
+    return ", ".join(family.name for family in FAMILIES)
+
+
+def rows() -> list[dict[str, str]]:
+    """The table as text, a dictionary per family, for `run.py families`."""
+    return [
+        {
+            "family": family.name,
+            "host classes": ", ".join(family.configs),
+            "layers told apart": ", ".join(family.layers),
+            "sliders usually start at": f"{family.slider_start:.0%}",
+        }
+        for family in FAMILIES
+    ]
+
+
+def format_table() -> str:
+    """The table as aligned columns."""
+    table = rows()
+    head = list(table[0])
+    lines = [head, *[[row[name] for name in head] for row in table]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,123 @@
+"""Small models of the host's own classes with seeded random weights: they prove plumbing and exact equalities, not behaviour."""
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.supported_models
+import torch
+
+CONTEXT = 64
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": CONTEXT,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "num_classes": None,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+SDXL = UNET | {"use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 2816}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 32,
+    "context_in_dim": CONTEXT,
+    "hidden_size": 64,
+    "mlp_ratio": 4.0,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+KINDS = {
+    "sd15": (comfy.supported_models.SD15, UNET),
+    "sdxl": (comfy.supported_models.SDXL, SDXL),
+    "flux": (comfy.supported_models.FluxSchnell, FLUX),
+}
+
+
+def seeded(shape, seed: int, size: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def fill(module: torch.nn.Module, seed: int) -> None:
+    """Weights of a size that keeps activations near one; the host's layers start out uninitialised."""
+    for index, (name, parameter) in enumerate(module.named_parameters()):
+        if parameter.ndim > 1:
+            value = seeded(parameter.shape, seed + index, parameter[0].numel() ** -0.5)
+        else:
+            value = seeded(parameter.shape, seed + index, 0.1) + (1.0 if "norm" in name and name.endswith(("weight", "scale")) else 0.0)
+        parameter.data.copy_(value)
+
+
+def build(kind: str = "sd15", dtype: str = "float32", compute: str | None = None, seed: int = 0, disable_dynamic: bool = False):
+    """A ready MODEL of the class `kind`. `dtype` is what weights are kept in, `compute` what they are cast to for the work, as the host's
+    loaders set it. It can be rebuilt by the host when it wants a pristine copy."""
+    config_class, unet_config = KINDS[kind]
+    config = config_class(dict(unet_config))
+    config.unet_config = dict(unet_config)
+    config.set_inference_dtype(getattr(torch, dtype), getattr(torch, compute) if compute else None)
+    with torch.inference_mode(False):
+        device = comfy.model_management.get_torch_device()
+        model = config.get_model({}, "", device="cpu")
+        with torch.no_grad():
+            fill(model.diffusion_model, seed)
+        patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
+    patcher.cached_patcher_init = (build, (kind, dtype, compute, seed))
+    return patcher
+
+
+def channels(model) -> int:
+    return model.model.latent_format.latent_channels
+
+
+def conditioning(model, seed: int, tokens: int = 7):
+    pooled = {"sd15": {}, "sdxl": {"pooled_output": seeded((1, 1280), seed + 1)}, "flux": {"pooled_output": seeded((1, 32), seed + 1)}}
+    kind = next(kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config)
+    return [[seeded((1, tokens, CONTEXT), seed), pooled[kind]]]
+
+
+def latent(model, batch: int = 1, size: int = 8) -> dict[str, torch.Tensor]:
+    return {"samples": torch.zeros(batch, channels(model), size, size)}
+
+
+def sample(model, *, steps=4, seed=3, cfg=3.0, sampler="euler", scheduler="normal", batch=1, size=8, **options) -> torch.Tensor:
+    """What the stock KSampler node returns for a model."""
+    import nodes
+
+    with torch.inference_mode():
+        positive, negative = conditioning(model, 10), conditioning(model, 20)
+        start = latent(model, batch, size)
+        (out,) = nodes.common_ksampler(model, seed, steps, cfg, sampler, scheduler, positive, negative, start, **options)
+    return out["samples"]
+
+
+def lora(model, *, rank=2, alpha=1.0, seed=5, only="", size=0.5) -> dict[str, torch.Tensor]:
+    """A random LoRA on every linear and convolution layer of a model whose name holds `only`, in the host's own key style."""
+    state = {}
+    for index, (name, module) in enumerate(model.model.named_modules()):
+        if only not in name or not name.startswith("diffusion_model.") or not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            continue
+        shape = module.weight.shape
+        state[f"{name}.lora_down.weight"] = seeded((rank, *shape[1:]), seed + index, size * shape[1:].numel() ** -0.5)
+        state[f"{name}.lora_up.weight"] = seeded((shape[0], rank, *[1] * (len(shape) - 2)), seed + 1000 + index, size)
+        if alpha is not None:
+            state[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return state
