@@ -2,11 +2,11 @@
 
 A node hands an `Effect` to `attach`; nothing is touched until the model samples. Then:
 
-    ON_PRE_RUN    a `Run` resolves the effects' modules by name in the patcher that will sample (clones, deep copies, delegates and copies
-    on
-                  further GPUs included), and a `Gate` takes the place of the model's `apply_model`
-    each call     the gate asks whose call it is and which effects act at its sigma, puts a `Layer` in the place of every module's `forward`
-                  for as long as the call lasts, and takes them away again; a call in which nothing acts is the plain model's call
+    ON_PRE_RUN    a `Run` resolves the effects' modules by name in the patcher that will sample (clones, deep copies, delegates and
+                  copies on further GPUs included), and a `Gate` takes the place of the model's `apply_model`
+    each call     the gate asks whose call it is and which effects act at its sigma, puts a `Layer` in the place of every module's
+                  `forward` for as long as the call lasts, and takes them away again; a call in which nothing acts is the plain
+                  model's call
     ON_CLEANUP    the gate goes
 
 Why forward exists only during the call: other code may replace, restore or re-inject forwards between calls (the host ejects and injects at

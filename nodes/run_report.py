@@ -24,8 +24,7 @@ class RunReport(io.ComfyNode):
             inputs=[io.Latent.Input("latent", tooltip="The latent as it leaves the sampler (either output). Passed on unchanged.")],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The same latent."),
-                io.String.Output("report", display_name="report", tooltip="Steps, model calls and noise levels, in all and for each
-                effect."),
+                io.String.Output("report", display_name="report", tooltip="Steps, model calls and noise levels, for each effect."),
             ],
             is_output_node=True,
         )

@@ -28,8 +28,8 @@ class Slider(io.ComfyNode):
                 "Turns one concept up or down with a slider LoRA, in a window of the sampling steps. Weights are not changed, so moving "
                 "the strength reloads nothing. Strength 0 is exactly the model without the node. Chain several for several concepts."
             ),
-            search_aliases=["slider", "concept slider", "LECO", "LoRA", "strength", "attribute", "age slider", "LoRA schedule", "start
-            step"], inputs=[
+            search_aliases=["slider", "concept slider", "LECO", "LoRA", "strength", "attribute", "age", "LoRA schedule", "start step"],
+            inputs=[
                 io.Model.Input("model", tooltip="The model to act on. It is not changed: the output is a copy that acts while it samples."),
                 io.Combo.Input(
                     "file",
