@@ -5,8 +5,15 @@ from typing import Any
 from host_process import PACK_NAME
 
 READY = "() => window.app?.vueAppReady && window.app.isGraphReady && window.app.canvas"
+# The view is fitted to a new graph a moment after it is shown; until then nodes move under the mouse.
+VIEW_AT_REST = """() => {
+    const before = window.viewBefore;
+    window.viewBefore = JSON.stringify(window.app.canvas.ds.state);
+    return before === window.viewBefore;
+}"""
 START_TIMEOUT_MS = 90_000
 RUN_TIMEOUT_MS = 60_000
+SHOW_TIMEOUT_MS = 10_000
 # Dialogs (missing nodes or models, errors) and red messages; the frontend shows each fault in one of these.
 FAULTS = "[role=dialog]:visible, .p-toast-message-error:visible, [data-testid=error-overlay]:visible"
 
@@ -29,9 +36,9 @@ class Canvas:
     def open_template(self, name: str) -> None:
         """Open a template of this pack by the address that the gallery's links have."""
         self.open(f"?template={name}&source={PACK_NAME}")
-        self.page.wait_for_function("() => window.app.rootGraph.nodes.some(node => node.type === 'ConceptNodes_LabLoader')",
-                                    timeout=START_TIMEOUT_MS)
-        self.settle()
+        # The frontend first shows the last workflow, then the template; it cleans the address when that is done.
+        self.page.wait_for_function("() => !window.location.search.includes('template')", timeout=START_TIMEOUT_MS)
+        self.page.wait_for_function(VIEW_AT_REST, polling=250)
 
     def settle(self) -> None:
         """Let the page draw what it has been told."""
@@ -64,22 +71,23 @@ class Canvas:
         output = self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
         return {node_id: {"class_type": node["class_type"], "inputs": node["inputs"]} for node_id, node in output.items()}
 
-    def report(self, node_type: str):
-        """The element that shows the report of the only node of a type."""
-        handle = self.page.evaluate_handle(
-            "type => window.app.rootGraph.nodes.find(node => node.type === type).widgets.find(w => w.name === 'last_report').element",
-            node_type)
-        return handle.as_element()
+    def report(self, node_type: str) -> str:
+        """The report that the only node of a type shows, once it is on the page."""
+        element = self.page.evaluate_handle("""type => {
+            const node = window.app.rootGraph.nodes.find(node => node.type === type);
+            return node.widgets.find(widget => widget.name === "last_report").element;
+        }""", node_type).as_element()
+        element.wait_for_element_state("visible", timeout=SHOW_TIMEOUT_MS)
+        return element.inner_text()
 
     def picture_width(self, node_type: str) -> int:
-        """The width in pixels of the picture shown on the only node of a type, 0 while there is none."""
-        if self.nodes2:
-            node_id = self.node_id(node_type)
-            return self.page.evaluate("id => document.querySelector(`[data-node-id='${id}'] img`)?.naturalWidth ?? 0", node_id)
-        return self.page.evaluate("type => window.app.rootGraph.nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth ?? 0", node_type)
-
-    def node_id(self, node_type: str) -> str:
-        return str(self.page.evaluate("type => window.app.rootGraph.nodes.find(node => node.type === type).id", node_type))
+        """The width in pixels of the picture on the only node of a type, once it is there."""
+        width = """type => {
+            const node = window.app.rootGraph.nodes.find(node => node.type === type);
+            const image = NODES2 ? document.querySelector(`[data-node-id="${node.id}"] img`) : node.imgs?.[0];
+            return image?.naturalWidth;
+        }""".replace("NODES2", str(self.nodes2).lower())
+        return self.page.wait_for_function(width, arg=node_type, timeout=SHOW_TIMEOUT_MS).json_value()
 
     def set_widget(self, node_type: str, name: str, value: Any) -> None:
         self.page.evaluate("""([type, name, value]) => {
@@ -87,11 +95,20 @@ class Canvas:
             node.widgets.find(widget => widget.name === name).value = value;
         }""", [node_type, name, value])
 
-    def select(self, node_type: str) -> None:
-        self.page.evaluate("type => window.app.canvas.selectNode(window.app.rootGraph.nodes.find(node => node.type === type))", node_type)
-        self.settle()
+    def click_title(self, node_type: str) -> None:
+        """Select the only node of a type as a user does, by a click on its title."""
+        x, y = self.page.evaluate("""type => {
+            const { canvas, rootGraph } = window.app;
+            const node = rootGraph.nodes.find(node => node.type === type);
+            const [x, y] = canvas.convertOffsetToCanvas([node.pos[0] + 80, node.pos[1] - 12]);
+            const { left, top } = canvas.canvas.getBoundingClientRect();
+            return [left + x, top + y];
+        }""", node_type)
+        self.page.mouse.click(x, y)
 
     def _note_console(self, message) -> None:
         where = message.location.get("url", "")
+        if where.endswith("/en.md"):  # the frontend asks for a translated help page before the plain one
+            return
         if message.type == "error" and (PACK_NAME in message.text + where or "ConceptNodes" in message.text):
             self.problems.append(f"console: {message.text} ({where})")

@@ -7,7 +7,6 @@ import pytest
 from graphs import WORKFLOWS, example
 
 SLIDER, REPORT, PICTURE = "ConceptNodes_Slider", "ConceptNodes_RunReport", "SaveImage"
-PICTURE_TIMEOUT_MS = 10_000
 
 
 @pytest.fixture
@@ -20,12 +19,6 @@ def slider(canvas):
 
 def saved_workflow() -> dict:
     return json.loads((WORKFLOWS / "slider.json").read_text(encoding="utf-8"))
-
-
-def shown_report(canvas, node_type: str) -> str:
-    element = canvas.report(node_type)
-    assert element.is_visible(), f"the report of {node_type} is not on the page"
-    return element.inner_text()
 
 
 def values_by_type(workflow: dict) -> dict:
@@ -51,28 +44,28 @@ def test_run_button_queues_the_shipped_graph(slider):
 
 
 def test_run_shows_the_picture_and_the_reports(slider):
-    assert "after a run" in shown_report(slider, SLIDER)
+    assert "after a run" in slider.report(SLIDER)
     slider.run()
     assert slider.run_ended == "execution_success"
     assert slider.faults_shown() == []
-    assert wait_for_picture(slider) == 64
-    assert "concept_lab/background.safetensors" in shown_report(slider, SLIDER)
-    assert "20" in shown_report(slider, REPORT)
+    assert slider.picture_width(PICTURE) == 64
+    assert "concept_lab/background.safetensors" in slider.report(SLIDER)
+    assert "20" in slider.report(REPORT)
 
 
 def test_report_follows_the_strength(slider):
     slider.run()
-    first = shown_report(slider, SLIDER)
+    first = slider.report(SLIDER)
     slider.set_widget(SLIDER, "strength", -1.5)
     slider.run()
     assert slider.run_ended == "execution_success"
-    assert "1.5" in shown_report(slider, SLIDER)
-    assert shown_report(slider, SLIDER) != first
+    assert "1.5" in slider.report(SLIDER)
+    assert slider.report(SLIDER) != first
 
 
 def test_report_is_neither_saved_nor_queued(slider):
     slider.run()
-    report = shown_report(slider, SLIDER)
+    report = slider.report(SLIDER)
     assert values_by_type(slider.workflow()) == values_by_type(saved_workflow())
     assert report not in json.dumps(slider.workflow())
     assert report not in json.dumps(slider.graph())
@@ -80,23 +73,23 @@ def test_report_is_neither_saved_nor_queued(slider):
 
 def test_report_returns_after_a_reload(slider):
     slider.run()
-    before = shown_report(slider, SLIDER)
+    before = slider.report(SLIDER)
     slider.open_template("slider")
-    assert "after a run" in shown_report(slider, SLIDER)
+    assert "after a run" in slider.report(SLIDER)
     slider.run()  # the host has it all cached and runs nothing
-    assert shown_report(slider, SLIDER) == before
-    assert wait_for_picture(slider) == 64
+    assert slider.report(SLIDER) == before
+    assert slider.picture_width(PICTURE) == 64
 
 
 def test_report_returns_with_its_workflow_tab(slider):
     slider.run()
-    before = shown_report(slider, SLIDER)
+    before = slider.report(SLIDER)
     slider.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     slider.page.wait_for_function("() => window.app.rootGraph.nodes.length === 0")
     slider.page.evaluate("() => window.app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
     slider.page.wait_for_function("() => window.app.rootGraph.nodes.length > 0")
     slider.settle()
-    assert shown_report(slider, SLIDER) == before
+    assert slider.report(SLIDER) == before
 
 
 def test_long_report_does_not_stretch_the_node(slider):
@@ -108,18 +101,9 @@ def test_long_report_does_not_stretch_the_node(slider):
 
 
 def test_help_page_opens_beside_the_node(slider):
-    slider.select(SLIDER)
+    slider.click_title(SLIDER)
     slider.page.get_by_test_id("info-button").click()
     page = slider.page.get_by_test_id("properties-panel").locator(".markdown-content")
     page.wait_for()
     assert "Turns one learned concept up or down" in page.inner_text()
     assert page.locator("table").count() >= 2
-
-
-def wait_for_picture(canvas) -> int:
-    """The width of the picture on the SaveImage node once it is there."""
-    for _ in range(PICTURE_TIMEOUT_MS // 100):
-        if width := canvas.picture_width(PICTURE):
-            return width
-        canvas.page.wait_for_timeout(100)
-    return 0
