@@ -1,5 +1,6 @@
 """One real ComfyUI for the whole tier; its log is added to the report of a test that fails."""
 import pytest
+
 from client import Client
 from graphs import example
 from host_process import HostProcess

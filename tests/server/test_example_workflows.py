@@ -2,6 +2,7 @@
 import json
 
 import pytest
+
 from graphs import WORKFLOWS, example
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))

@@ -5,11 +5,12 @@ import struct
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from client import PromptRefused
 from graphs import changed, find
 from host_process import PACK
 from pictures import pixels
-from safetensors.numpy import save_file
 
 SHIPPED = "concept_lab/background.safetensors"
 SLIDER = "ConceptNodes_Slider"

@@ -3,10 +3,11 @@ import re
 from urllib.error import HTTPError
 
 import pytest
-from client import get, get_json
-from host_process import PACK_NAME
 
 from concept_nodes.nodes import NODES
+
+from client import get, get_json
+from host_process import PACK_NAME
 
 NODE_IDS = [node.define_schema().node_id for node in NODES]
 # The host's own start-up advice on where it keeps settings; the only warnings that an empty host prints.

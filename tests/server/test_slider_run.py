@@ -3,6 +3,7 @@ import statistics
 import time
 
 import numpy as np
+
 from graphs import changed, find, without
 from pictures import pixels
 
