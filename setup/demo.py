@@ -1,7 +1,9 @@
 """The demo's pictures: the bundled slider workflow, queued over HTTP once per strength. `lab/demo.py` measures them and draws the sheet."""
 
+import contextlib
 import copy
 import json
+import tempfile
 from pathlib import Path
 
 from . import SetupError
@@ -29,18 +31,19 @@ def make_pictures(host: Host, home: Path, variables: dict[str, str], folder: Pat
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     slider = next(node for node, content in workflow.items() if content["class_type"] == SLIDER)
     graphs = {"base": without(workflow, slider)} | {f"{strength:+d}": with_strength(workflow, slider, strength) for strength in STRENGTHS}
-    base = home / "bases" / "demo"
-    remove_base(base)
-    base.mkdir(parents=True)
-    server = Server(host, base, variables, device, log=home / "demo.log")
-    with progress("Starting ComfyUI"):
-        server.__enter__()
-    with server, progress(f"Making {len(graphs)} pictures over HTTP"):
-        queued = {label: server.queue(graph) for label, graph in graphs.items()}
-        columns = {label: save(server, server.result(prompt), folder, label) for label, prompt in queued.items()}
+    (home / "bases").mkdir(exist_ok=True)
+    base = Path(tempfile.mkdtemp(prefix="demo-", dir=home / "bases"))
+    try:
+        with contextlib.ExitStack() as running:
+            with progress("Starting ComfyUI"):
+                server = running.enter_context(Server(host, base, variables, device, log=home / "demo.log"))
+            with progress(f"Making {len(graphs)} pictures over HTTP"):
+                queued = {label: server.queue(graph) for label, graph in graphs.items()}
+                columns = {label: save(server, server.result(prompt), folder, label) for label, prompt in queued.items()}
+    finally:
+        remove_base(base)
     listed = {"slider": workflow[slider]["inputs"]["file"], "columns": columns}
     (folder / "demo.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    remove_base(base)
 
 
 def save(server: Server, outputs: dict, folder: Path, label: str) -> list[str]:

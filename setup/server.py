@@ -136,8 +136,7 @@ def link_pack(link: Path):
         return
     link.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if os.path.lexists(link):
-            link.unlink()
+        drop_link(link)
         if os.name == "nt":
             import _winapi
 
@@ -150,11 +149,14 @@ def link_pack(link: Path):
         ) from error
 
 
+def drop_link(link: Path):
+    if os.path.lexists(link):
+        os.rmdir(link) if os.name == "nt" else link.unlink()  # to Windows a junction is a folder
+
+
 def remove_base(base: Path):
     """Delete a server's folder; the link to the pack goes first, so that no deletion can follow it."""
-    link = base / "custom_nodes" / PACK
-    if os.path.lexists(link):
-        os.rmdir(link) if os.name == "nt" else link.unlink()
+    drop_link(base / "custom_nodes" / PACK)
     shutil.rmtree(base, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""A ComfyUI of the user's own, named by COMFYUI_PATH, serves the pack and stays as it was, byte for byte."""
+"""A ComfyUI of the user's own, named by COMFYUI_PATH, runs the demo, serves the pack and stays as it was, byte for byte."""
 
 import os
 import shutil
@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from concept_nodes.setup.server import free_port
 
 from host_process import answers
 from pack import ROOT
+from pictures import pixels
 
 SECONDS = 120
 
@@ -36,11 +39,12 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-def serve(host: Path, home: Path, port: int, cwd: Path):
+def start(host: Path, home: Path, cwd: Path, *arguments):
+    """`python run.py ARGUMENTS` on that host, what it says going to said.log in `cwd`."""
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE")}
     variables |= {"COMFYUI_PATH": str(host), "CONCEPT_NODES_HOME": str(home)}
-    with (cwd / "serve.log").open("wb") as log:
-        command = [sys.executable, str(ROOT / "run.py"), "serve", "--port", str(port)]
+    with (cwd / "said.log").open("wb") as log:
+        command = [sys.executable, str(ROOT / "run.py"), *arguments]
         return subprocess.Popen(command, cwd=cwd, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -54,8 +58,8 @@ def wait_until(condition, process, log: Path):
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
 def test_a_given_host_is_untouched_and_ends_with_run_py(users_own, home, tmp_path, ending):
     before, port = tree(users_own), free_port()
-    process = serve(users_own, home, port, tmp_path)
-    url, log = f"http://127.0.0.1:{port}", tmp_path / "serve.log"
+    process = start(users_own, home, tmp_path, "serve", "--port", str(port))
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "said.log"
     try:
         wait_until(lambda: answers(f"{url}/object_info/ConceptNodes_Slider"), process, log)
         assert answers(f"{url}/object_info/KSampler")
@@ -68,3 +72,18 @@ def test_a_given_host_is_untouched_and_ends_with_run_py(users_own, home, tmp_pat
     assert tree(users_own) == before
     assert f"Using the ComfyUI in {users_own} with {sys.executable}" in log.read_text()
     assert (home / "bases" / "serve" / "comfyui.db").is_file()
+
+
+def test_the_demo_leaves_its_pictures_and_nothing_else(users_own, home, tmp_path):
+    before = tree(users_own)
+    process, log = start(users_own, home, tmp_path, "demo"), tmp_path / "said.log"
+    assert process.wait(SECONDS) == 0, log.read_text()
+    made = tmp_path / "demo_output"
+    labels = ("base", "-2", "-1", "+0", "+1", "+2")
+    assert {path.name for path in made.iterdir()} == {*(f"demo_{label}_0.png" for label in labels), "contact_sheet.png", "demo.json"}
+    drawn = {label: pixels((made / f"demo_{label}_0.png").read_bytes()) for label in labels}
+    assert np.array_equal(drawn["base"], drawn["+0"])
+    assert len({picture.tobytes() for picture in drawn.values()}) == 5
+    assert tree(users_own) == before
+    assert not [running for running in psutil.process_iter(["cmdline"]) if str(home) in " ".join(running.info["cmdline"] or [])]
+    assert not list((home / "bases").glob("demo-*"))
