@@ -1,5 +1,6 @@
 """The ComfyUI frontend as its user sees it: open a template, press Run, read what the nodes show."""
 
+import json
 from typing import Any
 
 from host_process import PACK_NAME
@@ -64,7 +65,7 @@ class Canvas:
 
     def workflow(self) -> dict[str, Any]:
         """What saving would write."""
-        return self.page.evaluate("() => window.app.rootGraph.serialize()")
+        return json.loads(self.page.evaluate("() => JSON.stringify(window.app.rootGraph.serialize())"))
 
     def graph(self) -> dict[str, Any]:
         """What Run would queue, API form without titles."""

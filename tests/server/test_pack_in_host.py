@@ -10,6 +10,7 @@ from client import get, get_json
 from host_process import PACK_NAME
 
 NODE_IDS = [node.define_schema().node_id for node in NODES]
+SECONDS_TO_LOAD = 0.3
 # The host's own start-up advice on where it keeps settings; the only warnings that an empty host prints.
 HOST_ADVICE = "******"
 
@@ -18,7 +19,12 @@ def test_pack_loads_without_a_warning(host):
     complaints = [line for line in host.log.split("To see the GUI")[0].splitlines()
                   if re.search(r"\[(WARNING|ERROR|CRITICAL)\]|Traceback|Warning:|IMPORT FAILED", line) and HOST_ADVICE not in line]
     assert complaints == []
-    assert PACK_NAME in host.log, "the host's list of import times does not name the pack"
+
+
+def test_pack_loads_fast(host):
+    loaded = re.search(rf"([0-9.]+) seconds(.*): .*{PACK_NAME}", host.log)
+    assert loaded, "the host's list of import times does not name the pack"
+    assert float(loaded[1]) <= SECONDS_TO_LOAD
 
 
 def test_host_lists_our_nodes_and_keeps_its_own(client):

@@ -1,0 +1,48 @@
+"""Draws the thumbnails of the example workflows by running them: `COMFYUI_PATH=... python tests/server/thumbnails.py`."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from client import Client
+from graphs import WORKFLOWS, changed, example
+from host_process import HostProcess
+from pictures import pixels
+
+SIDE = 256
+QUALITY = 92
+# Workflow: the node and input that its four pictures vary, and the values, in reading order.
+VARIED = {"slider": ("ConceptNodes_Slider", "strength", (-2.0, -1.0, 1.0, 2.0))}
+
+
+def thumbnail(client: Client, name: str) -> Image.Image:
+    """Two by two pictures of the example, each with another value of the input that it is about."""
+    class_type, name_of_input, values = VARIED[name]
+    drawn = [picture(client, changed(example(name), class_type, **{name_of_input: value})) for value in values]
+    return Image.fromarray(np.vstack([np.hstack(drawn[:2]), np.hstack(drawn[2:])]))
+
+
+def picture(client: Client, graph: dict) -> np.ndarray:
+    run = client.run(graph)
+    if run.end != "execution_success":
+        raise RuntimeError(run.error)
+    drawn = Image.fromarray(pixels(client.pictures(run)[0]))
+    return np.asarray(drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+def main(names: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        host = HostProcess(Path(base)).start()
+        try:
+            with Client(host.url) as client:
+                for name in names or VARIED:
+                    thumbnail(client, name).save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
+        finally:
+            host.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
