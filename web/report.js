@@ -35,10 +35,14 @@ function reportElement() {
     background: "var(--comfy-input-bg)",
     borderRadius: "6px",
   });
-  // A short report has nothing to scroll: the wheel then zooms the canvas as it does elsewhere on the node.
+  // Nodes 2.0 leaves the wheel to an element that has the focus; in the classic canvas it is ours to hand on.
+  element.dataset.captureWheel = "true";
   element.addEventListener("wheel", (event) => {
-    if (element.scrollHeight > element.clientHeight) event.stopPropagation();
-    else if (element.closest(".dom-widget")) app.canvas.processMouseWheel(event);
+    if (!element.closest(".dom-widget")) return;
+    const scrolls = element.scrollHeight > element.clientHeight;
+    if (scrolls && !event.ctrlKey) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
   });
   return element;
 }

@@ -74,12 +74,24 @@ class Canvas:
 
     def report(self, node_type: str) -> str:
         """The report that the only node of a type shows, once it is on the page."""
+        return self.report_element(node_type).inner_text()
+
+    def report_element(self, node_type: str):
         element = self.page.evaluate_handle("""type => {
             const node = window.app.rootGraph.nodes.find(node => node.type === type);
             return node.widgets.find(widget => widget.name === "last_report").element;
         }""", node_type).as_element()
         element.wait_for_element_state("visible", timeout=SHOW_TIMEOUT_MS)
-        return element.inner_text()
+        return element
+
+    def wheel_over_report(self, node_type: str, focus: bool) -> tuple[float, float]:
+        """Turn the mouse wheel over a report, clicked before if `focus`; how far it scrolled (px), and the zoom that this made."""
+        element = self.report_element(node_type)
+        zoom = self.page.evaluate("() => window.app.canvas.ds.scale")
+        element.click() if focus else element.hover()
+        self.page.mouse.wheel(0, 120)
+        self.page.wait_for_timeout(300)
+        return element.evaluate("element => element.scrollTop"), self.page.evaluate("() => window.app.canvas.ds.scale") / zoom
 
     def picture_width(self, node_type: str) -> int:
         """The width in pixels of the picture on the only node of a type, once it is there."""

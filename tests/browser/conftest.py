@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from canvas import Canvas
 
+from canvas import Canvas
 from client import post_json
 from host_process import HostProcess
 

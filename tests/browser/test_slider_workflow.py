@@ -100,10 +100,20 @@ def test_long_report_does_not_stretch_the_node(slider):
     assert sizes[0] == sizes[1]
 
 
+def test_wheel_scrolls_a_long_report_and_zooms_over_a_short_one(slider):
+    slider.set_widget(REPORT, "last_report", "\n".join(f"line {i}" for i in range(200)))
+    scrolled, zoomed = slider.wheel_over_report(REPORT, focus=True)
+    assert scrolled > 0
+    assert zoomed == 1
+    scrolled, zoomed = slider.wheel_over_report(SLIDER, focus=False)
+    assert scrolled == 0
+    assert zoomed < 1
+
+
 def test_help_page_opens_beside_the_node(slider):
     slider.click_title(SLIDER)
     slider.page.get_by_test_id("info-button").click()
     page = slider.page.get_by_test_id("properties-panel").locator(".markdown-content")
     page.wait_for()
-    assert "Turns one learned concept up or down" in page.inner_text()
+    assert "Turns one concept up or down" in page.inner_text()
     assert page.locator("table").count() >= 2
