@@ -92,6 +92,19 @@ def test_report_returns_with_its_workflow_tab(slider):
     assert slider.report(SLIDER) == before
 
 
+def test_report_reaches_a_node_in_a_subgraph(slider):
+    slider.click_title(SLIDER)
+    slider.page.get_by_test_id("info-button").wait_for()
+    slider.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph')")
+    slider.page.wait_for_function("() => window.app.rootGraph.subgraphs.size === 1")
+    slider.run()
+    assert slider.run_ended == "execution_success"
+    reports = slider.page.evaluate("""() => [...window.app.rootGraph.subgraphs.values()][0].nodes
+        .map(node => node.widgets.find(widget => widget.name === "last_report").value)""")
+    assert len(reports) == 1
+    assert "concept_lab/background.safetensors" in reports[0]
+
+
 def test_long_report_does_not_stretch_the_node(slider):
     sizes = [slider.page.evaluate("type => [...window.app.rootGraph.nodes.find(n => n.type === type).size]", REPORT)]
     slider.set_widget(REPORT, "last_report", "\n".join(f"line {i}" for i in range(200)))

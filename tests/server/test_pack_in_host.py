@@ -1,6 +1,5 @@
 """The pack as the host presents it: loaded without a warning, listed, helped, offered with its templates."""
 import re
-from urllib.error import HTTPError
 
 import pytest
 
@@ -56,6 +55,6 @@ def test_templates_are_the_ui_workflows_only(host):
         assert get(f"{host.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg")[:2] == b"\xff\xd8"
 
 
-def test_nothing_but_the_web_folder_is_served(host):
-    with pytest.raises(HTTPError):
-        get(f"{host.url}/extensions/{PACK_NAME}/../pyproject.toml")
+def test_browser_is_given_our_scripts_once(host):
+    ours = [path for path in get_json(f"{host.url}/extensions") if PACK_NAME in path]
+    assert ours == [f"/extensions/{PACK_NAME}/report.js"]
