@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -32,9 +32,16 @@ from .run_record import make_record, remember
 KEY = "concept_nodes"
 RUN = "concept_nodes_run"
 
-Act = Callable[..., Any]
-"""`act(output, fresh, *inputs, **options)` returns the module's output as the model shall see it. It may write to `output` where `fresh` is
-true, must not keep it (the host's blocks write in place), and holds what changes between calls in tensors, not in Python values."""
+
+class Act(Protocol):
+    """What happens on one module after its forward. What changes between calls lies in tensors, or torch.compile compiles again."""
+
+    def __call__(self, output: Any, fresh: bool, *args, **kwargs) -> Any:
+        """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
+        `fresh`, and must not be kept: the host's blocks write to it."""
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """One strength for each of the parts it was joined from; called between model calls."""
 
 
 class Part(Protocol):
@@ -42,7 +49,7 @@ class Part(Protocol):
 
     @classmethod
     def join(cls, parts: Sequence[Part], module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Act:
-        """One act for all `parts` of `module`. It has `set_strengths(strengths)`, one number per part, called whenever one changed."""
+        """One act for all `parts` that meet on `module`. The model computes on `device`, for the most part in `dtype`."""
 
 
 class Call:
@@ -112,6 +119,7 @@ class Overlay:
         held = vars(self.owner)
         self.before = held.get(self.method)
         self.inner = getattr(self.owner, self.method)
+        self.alone = getattr(self.inner, "__func__", None) is getattr(type(self.owner), self.method)
         self.bound = held[self.method] = self.replacement
 
     def remove(self) -> None:
@@ -122,6 +130,8 @@ class Overlay:
             del held[self.method]
         else:
             held[self.method] = self.before
+        # Without this the overlay and its own bound method would keep each other, and with them tensors on the device.
+        self.bound = None
 
     def replacement(self, *args, **kwargs):
         raise NotImplementedError
@@ -145,7 +155,7 @@ class Layer(Overlay):
         if not self.acts and not torch.compiler.is_compiling():
             Overlay.remove(self)
         for act in self.acts:
-            output = act(output, self.before is None, *args, **kwargs)
+            output = act(output, self.alone, *args, **kwargs)
         return output
 
 
@@ -241,7 +251,7 @@ class Run:
 
     def sigmas(self) -> tuple[list[float], dict[Effect, list[float]]]:
         """The noise level of every call, and for each effect those of the calls it acted in."""
-        levels = torch.cat([level.cpu() for level, _ in self.calls]).tolist() if self.calls else []
+        levels = torch.cat([level for level, _ in self.calls]).tolist() if self.calls else []
         acted = {
             effect: [level for level, (_, active) in zip(levels, self.calls, strict=True) if index in active]
             for index, effect in enumerate(self.effects)

@@ -1,5 +1,7 @@
 """Small models of the host's own classes with seeded random weights: they prove plumbing and exact equalities, not behaviour."""
 
+import json
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -51,6 +53,8 @@ KINDS = {
     "sdxl": (comfy.supported_models.SDXL, SDXL),
     "flux": (comfy.supported_models.FluxSchnell, FLUX),
 }
+# A class of the host's that the pack does not support yet.
+OTHERS = {"sd20": (comfy.supported_models.SD20, UNET)}
 
 
 def seeded(shape, seed: int, size: float = 1.0) -> torch.Tensor:
@@ -70,7 +74,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 def build(kind: str = "sd15", dtype: str = "float32", compute: str | None = None, seed: int = 0, disable_dynamic: bool = False):
     """A ready MODEL of the class `kind`. `dtype` is what weights are kept in, `compute` what they are cast to for the work, as the host's
     loaders set it. It can be rebuilt by the host when it wants a pristine copy."""
-    config_class, unet_config = KINDS[kind]
+    config_class, unet_config = (KINDS | OTHERS)[kind]
     config = config_class(dict(unet_config))
     config.unet_config = dict(unet_config)
     config.set_inference_dtype(getattr(torch, dtype), getattr(torch, compute) if compute else None)
@@ -82,6 +86,32 @@ def build(kind: str = "sd15", dtype: str = "float32", compute: str | None = None
         patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
     patcher.cached_patcher_init = (build, (kind, dtype, compute, seed))
     return patcher
+
+
+def build_quantised():
+    """A UNet whose linear layers are in the host's scaled fp8 format, as quantised checkpoints are loaded."""
+    source = build("sd15")
+    layers = {name for name, module in source.model.diffusion_model.named_modules() if isinstance(module, torch.nn.Linear)}
+    state = {}
+    for key, tensor in source.model.diffusion_model.state_dict().items():
+        name, kind = key.rsplit(".", 1)
+        if name in layers and kind == "weight":
+            scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            state[f"{name}.weight_scale"] = scale
+            state[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+            tensor = (tensor / scale).to(torch.float8_e4m3fn)
+        state[key] = tensor
+    config = comfy.supported_models.SD15(dict(UNET))
+    config.unet_config = dict(UNET)
+    config.quant_config = {"mixed_ops": True}
+    config.set_inference_dtype(torch.float32, torch.float32)
+    # In the mode that the host runs its loader nodes in.
+    with torch.inference_mode():
+        model = config.get_model({}, "", device="cpu")
+        missing, unexpected = model.diffusion_model.load_state_dict(state, strict=False)
+    assert not missing and not unexpected
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
 
 
 def channels(model) -> int:
@@ -113,9 +143,14 @@ def lora(model, *, rank=2, alpha=1.0, seed=5, only="", size=0.5) -> dict[str, to
     """A random LoRA on every linear and convolution layer of a model whose name holds `only`, in the host's own key style."""
     state = {}
     for index, (name, module) in enumerate(model.model.named_modules()):
-        if only not in name or not name.startswith("diffusion_model.") or not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+        if only not in name or not name.startswith("diffusion_model."):
             continue
-        shape = module.weight.shape
+        if hasattr(module, "in_features"):
+            shape = torch.Size((module.out_features, module.in_features))
+        elif isinstance(module, torch.nn.Conv2d):
+            shape = module.weight.shape
+        else:
+            continue
         state[f"{name}.lora_down.weight"] = seeded((rank, *shape[1:]), seed + index, size * shape[1:].numel() ** -0.5)
         state[f"{name}.lora_up.weight"] = seeded((shape[0], rank, *[1] * (len(shape) - 2)), seed + 1000 + index, size)
         if alpha is not None:

@@ -1,0 +1,56 @@
+"""How each node of the pack is exercised by the law tests. A node without a case fails them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import comfy.sd
+import models
+
+from concept_nodes.nodes import NODES
+from concept_nodes.nodes.sliders import Slider
+
+
+class Case(NamedTuple):
+    """An effect node on a MODEL.
+
+    acts      -> the model with a clear effect; `sign` -1 turns it the other way
+    neutral   settings that must do nothing -> the model with them
+    reference the host's own way to the same model, where there is one
+    added     model evaluations per step that its report names
+    """
+
+    acts: Callable
+    neutral: dict[str, Callable]
+    reference: Callable | None = None
+    added: int = 0
+
+
+def slide(model, strength=0.8, start=0.0, end=1.0, **lora):
+    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora)).result[0]
+
+
+def stock_lora(model, strength=0.8, **lora):
+    return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
+
+
+EFFECTS = {
+    "ConceptNodes_Slider": Case(
+        acts=lambda model, sign=1: slide(model, 0.8 * sign),
+        neutral={
+            "strength 0": lambda model: slide(model, 0.0),
+            "empty window": lambda model: slide(model, start=0.5, end=0.5),
+            "window past the end": lambda model: slide(model, start=1.0, end=1.0),
+            "no file": lambda model: Slider.execute(model, "none", 1.0, 0.0, 1.0).result[0],
+        },
+        reference=stock_lora,
+    ),
+}
+
+# Nodes that put nothing on a model, and why the laws about sampling have nothing to hold for them.
+PLUMBING = {
+    "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
+    "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
+}
+
+IDS = [node.define_schema().node_id for node in NODES]
+EFFECT_IDS = [node_id for node_id in IDS if node_id in EFFECTS]
