@@ -19,6 +19,7 @@ def main():
     if sys.version_info < (3, 10):  # noqa: UP036
         version = ".".join(str(part) for part in sys.version_info[:3])
         sys.exit("run.py needs Python 3.10 or newer and this is Python " + version + " (" + sys.executable + "): run it with a newer one.")
+    sys.dont_write_bytecode = True  # the pack may lie in a ComfyUI that is to stay as it is
     from setup.commands import run
 
     return run(sys.argv[1:])

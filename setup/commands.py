@@ -155,7 +155,7 @@ def run_tests(options) -> int:
     required = {*options.require, *os.environ.get("CONCEPT_NODES_REQUIRE", "").replace(",", " ").split()}
     ready = Ready(tools=True)
     total, left_out = Count(), []
-    total += run_check(ready, "ruff", "check", ROOT)
+    total += run_check(ready, "ruff", "check", "--output-format", "concise", ROOT)
     total += run_check(ready, "ruff", "format", "--check", ROOT)
     for tier in chosen:
         missing = why_not(tier)

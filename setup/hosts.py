@@ -10,6 +10,8 @@ from typing import NamedTuple
 from . import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
+# A pack may be a link in custom_nodes: where it was called from counts as well as where it lies.
+PLACES = (Path(__file__).absolute().parent.parent, ROOT)
 OLDEST_HOST = (0, 30, 0)
 
 
@@ -33,8 +35,8 @@ class Host(NamedTuple):
         return variables
 
 
-def given_host(pack: Path = ROOT) -> Host | None:
-    """The ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes folder holds `pack`; None when there is neither."""
+def given_host(places=PLACES) -> Host | None:
+    """The ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes folder holds the pack; None when there is neither."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
         path = Path(named).expanduser().absolute()
@@ -43,9 +45,10 @@ def given_host(pack: Path = ROOT) -> Host | None:
                 f"COMFYUI_PATH is {path}, which is no ComfyUI folder (it has no main.py beside comfy/): name the right one or unset it."
             )
         return Host(path, python_of(path), private=False)
-    if pack.parent.name == "custom_nodes" and is_comfyui(pack.parent.parent):
+    for pack in places:
         path = pack.parent.parent
-        return Host(path, python_of(path), private=False)
+        if pack.parent.name == "custom_nodes" and is_comfyui(path):
+            return Host(path, python_of(path), private=False)
     return None
 
 

@@ -372,8 +372,23 @@ def test_the_portable_build_s_python_is_found(tmp_path):
 def test_a_pack_inside_custom_nodes_uses_that_host(tmp_path, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     host = comfyui(tmp_path / "ComfyUI")
-    assert hosts.given_host(host / "custom_nodes" / "concept").path == host
-    assert hosts.given_host(tmp_path / "custom_nodes" / "concept") is None
+    assert hosts.given_host([tmp_path / "elsewhere", host / "custom_nodes" / "concept"]).path == host
+    assert hosts.given_host([tmp_path / "custom_nodes" / "concept"]) is None
+
+
+def test_a_pack_that_is_a_link_in_custom_nodes_uses_that_host(tmp_path):
+    host = comfyui(tmp_path / "ComfyUI", "0.3.76")
+    (host / "custom_nodes").mkdir()
+    copied_door(tmp_path / "concept")
+    (host / "custom_nodes" / "concept").symlink_to(tmp_path / "concept")
+    done = run_py("families", script=host / "custom_nodes" / "concept" / "run.py", CONCEPT_NODES_HOME=str(tmp_path / "home"))
+    assert f"run.py: The ComfyUI in {host} is 0.3.76" in done.stderr
+
+
+def test_run_py_leaves_no_bytecode_beside_itself(tmp_path):
+    script = copied_door(tmp_path / "concept")
+    run_py("bench", "speed", script=script, CONCEPT_NODES_HOME=str(tmp_path / "home"))
+    assert not list(script.parent.rglob("*.pyc"))
 
 
 def test_a_given_host_keeps_its_bytecode_out_of_its_own_folder(tmp_path):
