@@ -10,8 +10,8 @@ from typing import NamedTuple
 from . import SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
-# A pack may be a link in custom_nodes: where it was called from counts as well as where it lies.
-PLACES = (Path(__file__).absolute().parent.parent, ROOT)
+# The pack may be a link in custom_nodes: where run.py was called counts as well as where it lies.
+PLACES = (Path(sys.argv[0]).absolute().parent, ROOT)
 OLDEST_HOST = (0, 30, 0)
 
 
