@@ -28,13 +28,14 @@ from .families import Family, family_of, family_of_file, layer_kind
 log = logging.getLogger("concept_nodes")
 
 TEXT_ENCODER = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl\.)")
+DIFFERENCE = "full weight difference"
 OTHER_KINDS = {
     "LoHa": r"\.hada_",
     "LoKr": r"\.lokr_",
     "GLoRA": r"\.[ab][12]\.weight$",
     "OFT": r"\.oft_",
     "DoRA": r"\.dora_scale$",
-    "full weight difference": r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$",
+    DIFFERENCE: r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$",
 }
 KEYS_SHOWN = 3
 
@@ -143,7 +144,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
     ranks, scales, kinds = set(), set(), Counter()
     for target, patch in patches.items():
         if isinstance(patch, tuple):
-            # Whole differences; their keys are told below.
+            # Whole differences, told by their keys below.
             continue
         used |= patch.loaded_keys
         key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
@@ -160,7 +161,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
         ranks.add(factors.down.shape[0])
         scales.add(round(factors.scale, 6))
         kinds[layer_kind(family, name)] += 1
-    unused = [key for key in state if key not in used]
+    unused = [key for key in state if key not in used or re.search(OTHER_KINDS[DIFFERENCE], key)]
     skipped += Counter(_kind_of_key(key) for key in _first_of_each(unused))
 
     made_for = family_of_file({key: tuple(tensor.shape) for key, tensor in state.items()})
@@ -176,9 +177,11 @@ def _renamed(state: dict[str, torch.Tensor], family: Family, targets: Mapping) -
     """Keys under the prefixes the host knows; published sliders of some families carry others."""
 
     def rename(key: str) -> str:
+        name, _, end = key.partition(".")
         for old, new in family.renamed.items():
-            if key.startswith(old) and key.split(".")[0] not in targets:
-                return new + key.removeprefix(old)
+            known = new + name.removeprefix(old)
+            if name.startswith(old) and name not in targets and known in targets:
+                return f"{known}.{end}"
         return key
 
     return {rename(key): tensor for key, tensor in state.items()}

@@ -35,6 +35,7 @@ UNET_LAYERS = {
     "cross-attention": r"\.attn2\.",
     "feed-forward": r"\.ff\.",
     "residual": r"\.(in_layers|out_layers|emb_layers|skip_connection)",
+    "resampling": r"_blocks\.\d+\.\d+\.(op|conv)$",
 }
 
 FAMILIES = (
@@ -62,10 +63,7 @@ FAMILIES = (
         layers={"double blocks": r"double_blocks\.", "single blocks": r"single_blocks\."},
         text_width=None,
         file_pattern=r"(double_blocks|single_blocks|single_transformer_blocks)[_.]",
-        renamed={
-            "lora_unet_transformer_blocks_": "lora_transformer_transformer_blocks_",
-            "lora_unet_single_transformer_blocks_": "lora_transformer_single_transformer_blocks_",
-        },
+        renamed={"lora_unet_": "lora_transformer_"},
         slider_start=0.05,
     ),
 )

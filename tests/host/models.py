@@ -114,6 +114,50 @@ def build_quantised():
     return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
 
 
+FULL_SIZE = {
+    "sd15": UNET | {
+        "model_channels": 320,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "context_dim": 768,
+        "num_heads": 8,
+    },
+    "sdxl": SDXL | {
+        "model_channels": 320,
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "context_dim": 2048,
+        "num_heads": -1,
+        "num_head_channels": 64,
+    },
+    "flux": FLUX | {
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "hidden_size": 3072,
+        "num_heads": 24,
+        "depth": 19,
+        "depth_single_blocks": 38,
+        "axes_dim": [16, 56, 56],
+        "guidance_embed": True,
+    },
+}
+
+
+def full_size(kind: str):
+    """A MODEL of the published size whose weights take no memory and cannot be computed with."""
+    config = KINDS[kind][0](dict(FULL_SIZE[kind]))
+    config.unet_config = dict(FULL_SIZE[kind])
+    config.set_inference_dtype(torch.float32, None)
+    with torch.device("meta"):
+        model = config.get_model({}, "", device="meta")
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
 def channels(model) -> int:
     return model.model.latent_format.latent_channels
 

@@ -8,9 +8,7 @@ from functools import partial
 
 import cases
 import comfy.hooks
-import comfy.model_base
 import comfy.sd
-import comfy.supported_models
 import models
 import pytest
 import sampling
@@ -391,11 +389,8 @@ def test_nothing_of_a_run_outlives_it(plain):
 
 def test_setting_up_a_whole_unet_takes_a_tenth_of_a_second():
     """A rank 4 adapter on all layers of the full-size SD1.5 UNet, whose weights need not exist for that."""
-    config = comfy.supported_models.SD15(dict(FULL_SIZE))
-    config.set_inference_dtype(torch.float32, None)
-    with torch.device("meta"):
-        model = comfy.model_base.BaseModel(config, device="meta")
-    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    patcher = models.full_size("sd15")
+    model = patcher.model
     parts = {}
     for name, module in model.named_modules():
         shape = adapters._weight_shape(module) if name else None
@@ -415,17 +410,6 @@ def test_setting_up_a_whole_unet_takes_a_tenth_of_a_second():
             layer.remove()
         seconds.append(time.perf_counter() - begun)
     assert min(seconds) <= SETUP_SECONDS, f"seconds: {[round(s, 3) for s in seconds]}"
-
-
-FULL_SIZE = models.UNET | {
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "context_dim": 768,
-    "num_heads": 8,
-}
 
 
 def test_slider_execute_is_cheap_to_repeat(plain):

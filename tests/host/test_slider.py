@@ -1,0 +1,157 @@
+"""The Slider node: its inputs, its reasons for doing nothing, its report, and its place among the host's checks."""
+
+import cases
+import comfy.sd
+import models
+import pytest
+import safetensors.torch
+import torch
+
+from concept_nodes.host import files
+from concept_nodes.host.adapters import AdapterError
+from concept_nodes.nodes.sliders import Slider
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return models.build()
+
+
+@pytest.fixture
+def file(plain, tmp_path, monkeypatch):
+    """A slider file that the host's folders hold as "people/age.safetensors"."""
+    import folder_paths
+
+    (tmp_path / "people").mkdir()
+    safetensors.torch.save_file(models.lora(plain), tmp_path / "people" / "age.safetensors")
+    extensions = folder_paths.folder_names_and_paths["loras"][1]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return "people/age.safetensors"
+
+
+def run(model, file="none", strength=1.0, start=0.0, end=1.0, **options):
+    return Slider.execute(model, file, strength, start, end, **options)
+
+
+class TestInputs:
+    def test_file_equals_the_stock_loader(self, plain, file):
+        path = files.resolve("loras", file)
+        stock = comfy.sd.load_lora_for_models(plain, None, safetensors.torch.load_file(path), -0.7, 0)[0]
+        ours = run(plain, file, -0.7).result[0]
+        torch.testing.assert_close(models.sample(ours), models.sample(stock), rtol=1e-4, atol=1e-3)
+
+    def test_connected_lora_equals_the_file(self, plain, file):
+        connected = run(plain, lora=models.lora(plain)).result[0]
+        assert torch.equal(models.sample(run(plain, file).result[0]), models.sample(connected))
+
+    def test_both_are_refused(self, plain, file):
+        with pytest.raises(ValueError, match=r"people/age\.safetensors.*lora"):
+            run(plain, file, lora=models.lora(plain))
+
+    @pytest.mark.parametrize("lora", [[1], {"a": 1}, {}])
+    def test_connected_thing_that_is_no_lora(self, plain, lora):
+        with pytest.raises(AdapterError, match="connected lora"):
+            run(plain, lora=lora)
+
+    def test_input_model_is_not_touched(self, plain, file):
+        run(plain, file)
+        assert plain.attachments == {}
+        assert plain.callbacks == {}
+
+    def test_fingerprint_follows_the_file(self, file):
+        first = Slider.fingerprint_inputs(file=file, strength=1.0)
+        path = files.resolve("loras", file)
+        path.write_bytes(path.read_bytes() + b" ")
+        assert Slider.fingerprint_inputs(file=file, strength=1.0) != first
+        assert Slider.fingerprint_inputs(file="none", strength=1.0) == Slider.fingerprint_inputs(strength=2.0)
+
+
+class TestValidation:
+    @pytest.mark.parametrize("settings", [
+        {}, {"strength": 10.0}, {"strength": -10.0}, {"strength": 0.0}, {"start_percent": 1.0}, {"end_percent": 0.0},
+    ])
+    def test_usable_settings(self, file, settings):
+        assert Slider.validate_inputs(file=file, **settings) is True
+
+    @pytest.mark.parametrize("settings, names", [
+        ({"strength": float("nan")}, "strength"),
+        ({"strength": float("inf")}, "strength"),
+        ({"strength": 11.0}, "strength"),
+        ({"start_percent": float("nan")}, "start_percent"),
+        ({"end_percent": 1.5}, "end_percent"),
+        ({"start_percent": -0.1}, "start_percent"),
+        ({"start_percent": 0.8, "end_percent": 0.2}, "start_percent"),
+        ({"file": "people/aeg.safetensors"}, "people/age.safetensors"),
+    ])
+    def test_unusable_settings_are_named(self, file, settings, names):
+        told = Slider.validate_inputs(**{"file": file} | settings)
+        assert isinstance(told, str)
+        assert names in told
+
+    @pytest.mark.parametrize("settings", [{"strength": float("nan")}, {"strength": float("-inf")}, {"start": float("nan")}, {"end": 2.0}])
+    def test_linked_values_are_checked_when_run(self, plain, file, settings):
+        with pytest.raises(ValueError, match="strength|start_percent|end_percent"):
+            run(plain, file, **settings)
+
+    def test_file_that_went_away_after_the_check(self, plain, file):
+        files.resolve("loras", file).unlink()
+        with pytest.raises(files.MissingFile, match="age"):
+            run(plain, file)
+
+
+class TestReport:
+    @pytest.mark.parametrize("settings, reason", [
+        ({"strength": 0.0}, "strength is 0"),
+        ({"start": 0.5, "end": 0.5}, "no step lies between"),
+        ({"start": 0.8, "end": 0.2}, "no step lies between"),
+    ])
+    def test_reasons_for_doing_nothing(self, plain, file, settings, reason):
+        model, report = run(plain, file, **settings).result
+        assert model is plain
+        assert reason in report
+
+    def test_no_file(self, plain):
+        model, report = run(plain).result
+        assert model is plain
+        assert "no file is chosen" in report
+
+    def test_what_was_placed(self, plain, file):
+        report = run(plain, file, 1.5).result[1]
+        for part in (file, "strength 1.5", "119 layers", "Stable Diffusion 1.5", "self-attention", "rank 2", "all steps", "0.2 is usual"):
+            assert part in report
+
+    def test_window_in_sigmas(self, plain, file):
+        report = run(plain, file, start=0.2, end=0.8).result[1]
+        sigma = plain.get_model_object("model_sampling").percent_to_sigma(0.2)
+        assert f"sigma <= {sigma:.4g}" in report
+
+    def test_report_is_shown_on_the_node(self, plain, file):
+        output = run(plain, file)
+        assert output.ui.as_dict() == {"text": (output.result[1],)}
+
+
+def test_percent_and_sigma_round_trip(plain):
+    """The window's borders are the noise levels at those shares of sampling, for discrete and for flow models."""
+    from concept_nodes.host.adapters import Window
+
+    for model in (plain, models.build("flux")):
+        sampling = model.get_model_object("model_sampling")
+        for percent in (0.1, 0.5, 0.9):
+            border = Window.of(sampling, percent, 1.0).start
+            back = 1.0 - float(sampling.timestep(torch.tensor(border))) / (999.0 if model is plain else 1.0)
+            if model is plain:
+                assert back == pytest.approx(percent, abs=1e-3)
+            else:
+                assert border == pytest.approx(sampling.percent_to_sigma(percent))
+
+
+def test_strength_sweeps_both_ways(plain, file):
+    base = models.sample(plain)
+    forward, back = (models.sample(run(plain, file, strength).result[0]) - base for strength in (0.02, -0.02))
+    cosine = torch.nn.functional.cosine_similarity(forward.flatten(), back.flatten(), dim=0)
+    assert cosine < -0.95
+
+
+def test_the_case_of_the_laws_is_this_node():
+    assert "ConceptNodes_Slider" in cases.EFFECTS
