@@ -54,7 +54,8 @@ class TestEachFailureSaysWhatToDo:
         told = failure(client, changed(graph, SLIDER, file=name))
         assert name in told
         assert SHIPPED in told
-        assert told.count(name) == 1, "the message is repeated"
+        assert "broken" not in told, "a name that is not alike is offered"
+        assert told.count(f"'{name}'") == 1, "the message is repeated"
         assert "strength" not in told, "the message is also given for an input that is right"
 
     @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "C:\\secret.safetensors"])
