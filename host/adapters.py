@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..ops.lora import Factors, Stack, merge_middle
 from .dispatcher import Call, Effect
 from .families import Family, family_of, family_of_file, layer_kind
+from .window import EVERYWHERE, Window
 
 log = logging.getLogger("concept_nodes")
 
-TEXT_ENCODER = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl\.)")
+TEXT = "for the text encoder"
+TEXT_KEY = re.compile(r"^(lora_te|lora_prior_te|text_encoder|te\d?[._]|clip_[lgh]\.|t5xxl\.)")
 DIFFERENCE = "full weight difference"
 OTHER_KINDS = {
     "LoHa": r"\.hada_",
@@ -42,30 +44,6 @@ KEYS_SHOWN = 3
 
 class AdapterError(ValueError):
     """A LoRA that cannot be read or placed, and what to do about it."""
-
-
-class Window(NamedTuple):
-    """The noise levels at which an effect acts: end < sigma <= start."""
-
-    start: float = math.inf
-    end: float = -math.inf
-
-    @classmethod
-    def of(cls, model_sampling, start_percent: float, end_percent: float) -> Window:
-        """A window given in shares of sampling, 0 to 1, by the host's own percent_to_sigma.
-
-        A step exactly at the start acts and one exactly at the end does not, so that windows that meet share no step (the host's conditions
-        take both ends). 0 and 1 reach beyond every sigma. Bounds are rounded to float32, like the sigmas they are compared with.
-        """
-        start = math.inf if start_percent <= 0 else float(model_sampling.percent_to_sigma(start_percent))
-        end = -math.inf if end_percent >= 1 else float(model_sampling.percent_to_sigma(end_percent))
-        return cls(*torch.tensor([start, end], dtype=torch.float32).tolist())
-
-    def holds(self, sigma: float) -> bool:
-        return self.end < sigma <= self.start
-
-
-EVERYWHERE = Window()
 
 
 class LowRank(NamedTuple):
@@ -136,41 +114,39 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
     targets = comfy.lora.model_lora_keys_unet(model, {})
     state = _renamed(comfy.lora_convert.convert_lora(dict(state)), family, targets)
     names = {id(tensor): key for key, tensor in state.items()}
-    patches = comfy.lora.load_lora(state, targets, log_missing=False)
-
     parts: dict[str, LowRank] = {}
     skipped: Counter[str] = Counter()
     used: set[str] = set()
-    ranks, scales, kinds = set(), set(), Counter()
-    for target, patch in patches.items():
+    for target, patch in _patches(state, targets, label).items():
         if isinstance(patch, tuple):
-            # Whole differences, told by their keys below.
+            # A whole difference, told by its keys below.
             continue
         used |= patch.loaded_keys
         key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
         name = key.removesuffix(".weight")
-        fault = _other_kind(patch)
-        if fault is None:
-            _check_finite(patch, names, label)
-            factors = _factors(patch, model.get_submodule(name), offset, function)
-            fault = "of another shape than the layer" if factors is None else None
-        if fault is not None:
-            skipped[fault] += 1
+        placed = _fit(patch, _layer(model, key), offset, function)
+        if isinstance(placed, str):
+            skipped[placed] += 1
             continue
-        parts[name] = LowRank((*parts[name].factors, factors) if name in parts else (factors,))
-        ranks.add(factors.down.shape[0])
-        scales.add(round(factors.scale, 6))
-        kinds[layer_kind(family, name)] += 1
+        _check_finite(patch, names, label)
+        parts[name] = LowRank((*parts[name].factors, placed) if name in parts else (placed,))
     unused = [key for key in state if key not in used or re.search(OTHER_KINDS[DIFFERENCE], key)]
     skipped += Counter(_kind_of_key(key) for key in _first_of_each(unused))
-
     made_for = family_of_file({key: tuple(tensor.shape) for key, tensor in state.items()})
-    foreign = made_for is not None and made_for is not family and bool(skipped)
-    if not parts or foreign:
+    foreign = made_for not in (None, family) and set(skipped) - {TEXT}
+    if foreign or not parts:
         raise AdapterError(_refusal(label, family, made_for if foreign else None, skipped, list(state)))
     if unused:
         log.info("%s: %d keys not applied: %s", label, len(unused), ", ".join(unused))
-    return Placement(parts, _report(parts, family, ranks, scales, kinds, skipped, unused))
+    return Placement(parts, _report(parts, family, skipped, unused))
+
+
+def _patches(state: dict[str, torch.Tensor], targets: Mapping, label: str) -> dict:
+    """The host's own reading of a file: target -> adapter or ("diff", ...)."""
+    try:
+        return comfy.lora.load_lora(state, targets, log_missing=False)
+    except KeyError as error:
+        raise AdapterError(f"'{label}' is incomplete: {error.args[0]} is missing from it. Download or save it again.") from error
 
 
 def _renamed(state: dict[str, torch.Tensor], family: Family, targets: Mapping) -> dict[str, torch.Tensor]:
@@ -187,14 +163,9 @@ def _renamed(state: dict[str, torch.Tensor], family: Family, targets: Mapping) -
     return {rename(key): tensor for key, tensor in state.items()}
 
 
-def _other_kind(patch) -> str | None:
-    """What a patch is if it is no plain LoRA."""
-    if not isinstance(patch, LoRAAdapter):
-        return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}.get(patch.name, patch.name.upper())
-    _, _, _, _, dora, reshape = patch.weights
-    if dora is not None:
-        return "DoRA"
-    return None if reshape is None else "for layers of another size"
+def _layer(model, key: str):
+    """The module whose weight `key` is; None for parameters that no layer multiplies its input by."""
+    return model.get_submodule(key.removesuffix(".weight")) if key.endswith(".weight") else None
 
 
 def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> None:
@@ -208,38 +179,51 @@ def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> N
         raise AdapterError(f"'{label}' has {alpha} for the alpha of {key}: its training failed or the file is damaged. Use another copy.")
 
 
-def _factors(patch: LoRAAdapter, module, offset, function) -> Factors | None:
-    """A host adapter as factors for `module`, or None where the shapes do not fit.
+def _fit(patch, module, offset, function) -> Factors | str:
+    """A host adapter as factors for `module`, or what keeps it from being applied.
 
     offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs.
     """
+    if not isinstance(patch, LoRAAdapter):
+        return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}.get(patch.name, patch.name.upper())
+    up, down, alpha, middle, dora, reshape = patch.weights
+    if dora is not None:
+        return "DoRA"
     shape = _weight_shape(module)
-    if shape is None:
-        return None
-    up, down, alpha, middle, *_ = patch.weights
-    rank = down.shape[0]
+    if shape is None or reshape is not None:
+        return "for layers that are neither linear nor convolution"
+    scale = 1.0 if alpha is None else alpha / down.shape[0]
     if middle is not None:
         down = merge_middle(down.float(), middle.float())
-    up = up.flatten(1)
-    inputs = list(shape[1:])
     dimension, first, length = offset or (None, 0, 0)
-    if dimension == 1:
-        inputs[0] = length
-    outputs = length if dimension == 0 else shape[0]
-    if up.shape != (outputs, down.shape[0]) or down.flatten(1).shape[1] != math.prod(inputs):
+    down = _on_inputs(down, shape, (first, length) if dimension == 1 else None)
+    up = _reordered(up.flatten(1), function)
+    if down is None or up is None or up.shape != (length if dimension == 0 else shape[0], down.shape[0]):
+        return "of another shape than the layer"
+    return Factors(down, up, scale, (first, length) if dimension == 0 else None)
+
+
+def _on_inputs(down: torch.Tensor, shape: tuple[int, ...], columns: tuple[int, int] | None) -> torch.Tensor | None:
+    """A in the layer's own shape (r, in, *kernel), zero outside of `columns` (first, length); None where the sizes differ."""
+    inputs = (columns[1], *shape[2:]) if columns else shape[1:]
+    if down.flatten(1).shape[1] != math.prod(inputs):
         return None
     down = down.reshape(-1, *inputs)
-    if dimension == 1:
-        whole = down.new_zeros(down.shape[0], *shape[1:])
-        whole.narrow(1, first, length).copy_(down)
-        down = whole
-    if function is not None:
-        # Only a reordering of outputs can be done on B alone.
-        reordered, probe = function(up), torch.eye(up.shape[1], dtype=torch.float32)[:, :1]
-        if reordered.shape != up.shape or not torch.equal(function(up.float() @ probe), reordered.float() @ probe):
-            return None
-        up = reordered
-    return Factors(down, up, 1.0 if alpha is None else alpha / rank, (first, length) if dimension == 0 else None)
+    if columns is None:
+        return down
+    whole = down.new_zeros(down.shape[0], *shape[1:])
+    whole.narrow(1, *columns).copy_(down)
+    return whole
+
+
+def _reordered(up: torch.Tensor, function) -> torch.Tensor | None:
+    """B with its outputs in the host's order; None where the host's function is more than a new order, which B alone cannot take."""
+    if function is None:
+        return up
+    order = function(torch.arange(up.shape[0]))
+    if sorted(order.tolist()) != list(range(up.shape[0])):
+        return None
+    return up[order]
 
 
 def _weight_shape(module) -> tuple[int, ...] | None:
@@ -264,8 +248,8 @@ def _first_of_each(keys: list[str]) -> list[str]:
 
 
 def _kind_of_key(key: str) -> str:
-    if TEXT_ENCODER.match(key):
-        return "for the text encoder"
+    if TEXT_KEY.match(key):
+        return TEXT
     return next((kind for kind, pattern in OTHER_KINDS.items() if re.search(pattern, key)), "for layers this model does not have")
 
 
@@ -276,7 +260,7 @@ def _refusal(label: str, family: Family, made_for: Family | None, skipped: Count
             f"'{label}' looks made for {made_for.name}, and this model is {family.name}. Choose a LoRA for {family.name}, or load the "
             f"model it was made for. Its keys: {shown}, ..."
         )
-    if set(skipped) == {"for the text encoder"}:
+    if set(skipped) == {TEXT}:
         return f"'{label}' is for the text encoder only and needs CLIP: use the host's Load LoRA node for it. Its keys: {shown}, ..."
     return (
         f"Nothing in '{label}' fits this model ({family.name}): {_counts(skipped)}. Choose a plain LoRA (on linear and convolution layers) "
@@ -288,16 +272,20 @@ def _counts(counter: Counter) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counter.most_common())
 
 
-def _report(parts, family: Family, ranks, scales, kinds: Counter, skipped: Counter, unused: list[str]) -> str:
-    def numbers(values) -> str:
-        low, high = min(values), max(values)
-        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-    lines = [f"Placed on {len(parts)} layers of {family.name} ({_counts(kinds)}); rank {numbers(ranks)}, alpha / rank {numbers(scales)}."]
+def _report(parts: Mapping[str, LowRank], family: Family, skipped: Counter, unused: list[str]) -> str:
+    factors = [factors for part in parts.values() for factors in part.factors]
+    kinds = Counter(layer_kind(family, name) for name in parts)
+    ranks, scales = _range(one.down.shape[0] for one in factors), _range(one.scale for one in factors)
+    lines = [f"Placed on {len(parts)} layers of {family.name} ({_counts(kinds)}); rank {ranks}, alpha / rank {scales}."]
     if skipped:
         lines.append(f"Not applied: {_counts(skipped)}.")
-    if skipped["for the text encoder"]:
+    if TEXT in skipped:
         lines.append("Text encoder adapters need CLIP: use the host's Load LoRA node for those, with the model strength at 0.")
     if unused:
         lines.append(f"Keys not applied, for instance: {', '.join(unused[:KEYS_SHOWN])}.")
     return "\n".join(lines)
+
+
+def _range(values: Iterable[float]) -> str:
+    values = [f"{value:g}" for value in sorted(values)]
+    return values[0] if values[0] == values[-1] else f"{values[0]} to {values[-1]}"

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..host import adapters, files
 from ..host.dispatcher import attach
 from ..host.families import family_of
+from ..host.window import EVERYWHERE, Window
 
 NONE = "none"
 LIMIT = 10.0
@@ -108,7 +109,7 @@ class Slider(io.ComfyNode):
         label = file if lora is None else "the connected lora"
         state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
         placement = adapters.place(model, state, label)
-        window = adapters.Window.of(model.get_model_object("model_sampling"), start_percent, end_percent)
+        window = Window.of(model.get_model_object("model_sampling"), start_percent, end_percent)
         model = model.clone()
         attach(model, adapters.AdapterEffect(f"Slider '{label}' at {strength:g}", placement.parts, strength, window))
         lines = [f"'{label}' at strength {strength:g}, {describe_window(window, start_percent, end_percent)}.", placement.report]
@@ -140,10 +141,8 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> st
     return None
 
 
-def describe_window(window: adapters.Window, start_percent: float, end_percent: float) -> str:
-    if window == adapters.EVERYWHERE:
-        return "in all steps"
-    return f"in the window {start_percent:g} to {end_percent:g} ({window.end:.4g} < sigma <= {window.start:.4g})"
+def describe_window(window: Window, start_percent: float, end_percent: float) -> str:
+    return "in all steps" if window == EVERYWHERE else f"in the window {start_percent:g} to {end_percent:g} ({window.describe()})"
 
 
 def result(model, report: str) -> io.NodeOutput:

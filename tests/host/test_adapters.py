@@ -253,3 +253,26 @@ class TestReading:
         torch.save(content, tmp_path / "slider.pt")
         with pytest.raises(AdapterError, match=r"slider\.pt"):
             adapters.read(tmp_path / "slider.pt")
+
+
+def test_incomplete_file_names_what_is_missing(built):
+    state = entry({}, NAME, 32, 32)
+    del state[f"{NAME}.lora_down.weight"]
+    with pytest.raises(AdapterError, match=r"incomplete.*attn1\.to_q\.lora_down\.weight"):
+        adapters.place(built["sd15"], state, "test")
+
+
+def test_adapter_on_a_part_of_the_inputs(built):
+    """Some of the host's names stand for columns of a weight; what is beside them must not be read."""
+    module = built["sd15"].model.get_submodule(NAME)
+    patch = comfy.lora.load_lora(entry({}, "x", 32, 8), {"x": "y"}, log_missing=False)["y"]
+    factors = adapters._fit(patch, module, (1, 4, 8), None)
+    delta = delta_weight(factors)
+    assert torch.count_nonzero(delta[:, :4]) == torch.count_nonzero(delta[:, 12:]) == 0
+    torch.testing.assert_close(delta[:, 4:12], 0.5 * patch.weights[0] @ patch.weights[1])
+
+
+def test_host_function_that_is_no_reordering_is_not_bent(built):
+    module = built["sd15"].model.get_submodule(NAME)
+    patch = comfy.lora.load_lora(entry({}, "x", 32, 32), {"x": "y"}, log_missing=False)["y"]
+    assert adapters._fit(patch, module, None, lambda weight: weight * 2) == "of another shape than the layer"

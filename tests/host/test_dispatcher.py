@@ -18,6 +18,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
+from concept_nodes.host.window import EVERYWHERE, Window
 from concept_nodes.nodes.sliders import Slider
 from concept_nodes.ops.lora import Factors
 
@@ -256,7 +257,7 @@ class TestWindow:
     def test_bit_equal_before_the_window_and_different_in_it(self, kind):
         model = models.build(kind)
         acting = cases.slide(model, start=0.4)
-        window = adapters.Window.of(model.get_model_object("model_sampling"), 0.4, 1.0)
+        window = Window.of(model.get_model_object("model_sampling"), 0.4, 1.0)
         pairs = list(zip(self.trajectory(model), self.trajectory(acting), strict=True))
         first = next(index for index, ((sigma, _), _) in enumerate(pairs) if window.holds(sigma))
         assert 0 < first < self.STEPS
@@ -267,8 +268,8 @@ class TestWindow:
         sampling_ = plain.get_model_object("model_sampling")
         border = sampling_.percent_to_sigma(0.5)
         sigma = torch.tensor(border, dtype=torch.float32).item()
-        assert adapters.Window.of(sampling_, 0.5, 1.0).holds(sigma)
-        assert not adapters.Window.of(sampling_, 0.0, 0.5).holds(sigma)
+        assert Window.of(sampling_, 0.5, 1.0).holds(sigma)
+        assert not Window.of(sampling_, 0.0, 0.5).holds(sigma)
 
     def test_windows_that_meet_add_up_to_one_without(self, plain):
         halves = cases.slide(cases.slide(plain, start=0.0, end=0.35), start=0.35, end=1.0)
@@ -287,7 +288,7 @@ class TestWindow:
             return executor(x, t, *args, **kwargs)
 
         model = sampling.wrapped(cases.slide(plain, start=0.3, end=0.8), WrappersMP.APPLY_MODEL, note)
-        window = adapters.Window.of(plain.get_model_object("model_sampling"), 0.3, 0.8)
+        window = Window.of(plain.get_model_object("model_sampling"), 0.3, 0.8)
         x = models.seeded((1, 4, 8, 8), 1)
         guider = sampling.cfg(model)
         with torch.inference_mode():
@@ -397,7 +398,7 @@ def test_setting_up_a_whole_unet_takes_a_tenth_of_a_second():
         if shape:
             parts[name] = adapters.LowRank((Factors(torch.zeros(4, *shape[1:]), torch.zeros(shape[0], 4)),))
     assert len(parts) > 250
-    dispatcher.attach(patcher, adapters.AdapterEffect("test", parts, 1.0, adapters.EVERYWHERE))
+    dispatcher.attach(patcher, adapters.AdapterEffect("test", parts, 1.0, EVERYWHERE))
     seconds = []
     for _ in range(5):
         begun = time.perf_counter()

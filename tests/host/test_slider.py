@@ -9,6 +9,7 @@ import torch
 
 from concept_nodes.host import files
 from concept_nodes.host.adapters import AdapterError
+from concept_nodes.host.window import Window
 from concept_nodes.nodes.sliders import Slider
 
 
@@ -133,8 +134,6 @@ class TestReport:
 
 def test_percent_and_sigma_round_trip(plain):
     """The window's borders are the noise levels at those shares of sampling, for discrete and for flow models."""
-    from concept_nodes.host.adapters import Window
-
     for model in (plain, models.build("flux")):
         sampling = model.get_model_object("model_sampling")
         for percent in (0.1, 0.5, 0.9):
