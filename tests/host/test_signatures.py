@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from concept_nodes.lab import captions
 from concept_nodes.nodes import NODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +142,13 @@ def test_node_has_a_help_page_that_covers_its_inputs(schema):
     page = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {schema.display_name}\n")
     assert [item.id for item in [*schema.inputs, *schema.outputs] if f"`{item.id}`" not in page] == []
+
+
+def test_help_lists_the_words_that_the_lab_knows():
+    page = (ROOT / "web" / "docs" / "ConceptNodes_LabLoader.md").read_text(encoding="utf-8")
+    tables = (captions.SHAPE_WORDS, captions.COLOUR_WORDS, captions.FILL_WORDS, captions.SIZE_WORDS, captions.BACKGROUND_WORDS,
+              captions.STYLE_WORDS)
+    assert [words.plain for table in tables for words in table.values() if words.plain not in page] == []
 
 
 def test_no_help_page_is_left_of_a_node_that_is_not():
