@@ -204,25 +204,22 @@ def failing(acting, model):
         models.sample(acting)
 
 
-def failing_in(callback_type, acting, model):
-    """Another pack's callback fails before or after sampling."""
+def fail(patcher):
+    raise Failure
+
+
+def failing_in(callback_type, first, acting, model):
+    """Another pack's callback fails before or after sampling, ahead of ours or behind it."""
     acting = acting.clone()
-
-    def fail(patcher):
-        raise Failure
-
-    acting.add_callback_with_key(callback_type, "test", fail)
+    ours = acting.callbacks.get(callback_type, {})
+    acting.callbacks[callback_type] = {"test": [fail]} | ours if first else ours | {"test": [fail]}
     with pytest.raises(Failure):
         models.sample(acting)
 
 
 def failing_in_second_model(acting, model):
     """The host begins a guider's second model outside of the block that ends it."""
-    negative = model.clone()
-
-    def fail(patcher):
-        raise Failure
-
+    negative = acting.clone()
     negative.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "test", fail)
     with pytest.raises(Failure):
         by_guider(partial(dual_model, lambda _: negative), acting)
@@ -264,8 +261,11 @@ SITUATIONS: dict[str, Situation] = {
     "a run": Situation(loaded, models.sample, samples),
     "interrupt": Situation(loaded, models.sample, interrupted),
     "error in a step": Situation(loaded, models.sample, failing),
-    "error in another's pre_run": Situation(loaded, models.sample, partial(failing_in, CallbacksMP.ON_PRE_RUN)),
-    "error in another's cleanup": Situation(loaded, models.sample, partial(failing_in, CallbacksMP.ON_CLEANUP)),
+    **{
+        f"error in another's {name}, {'first' if first else 'last'}": Situation(loaded, models.sample, partial(failing_in, kind, first))
+        for name, kind in {"pre_run": CallbacksMP.ON_PRE_RUN, "cleanup": CallbacksMP.ON_CLEANUP}.items()
+        for first in (True, False)
+    },
     "error in the second model's pre_run": Situation(loaded, models.sample, failing_in_second_model),
     "clone of a clone": Situation(loaded, models.sample, clone_of_clone),
     "deep copy": Situation(loaded, models.sample, deep_copy),
