@@ -107,8 +107,7 @@ class Stack:
             self.gain = self.gain.to(x.device)
 
     def _add_linear(self, y: Tensor, x: Tensor) -> None:
-        z = F.linear(x, self.down)
-        z = (z * self.gain).to(x.dtype).flatten(0, -2)
+        z = F.linear(x, self.down).mul_(self.gain).flatten(0, -2)
         flat = y.view(-1, y.shape[-1])
         for rows, columns, up in self.groups:
             out = flat if rows is None else flat.narrow(1, *rows)
@@ -118,8 +117,7 @@ class Stack:
                 out.add_(z.narrow(1, *columns) @ up.t())
 
     def _add_convolution(self, y: Tensor, x: Tensor) -> None:
-        z = CONVOLUTIONS[x.ndim](x, self.down, **self.convolution)
-        z = (z * self.gain.view(-1, *[1] * (z.ndim - 2))).to(x.dtype).flatten(2)
+        z = CONVOLUTIONS[x.ndim](x, self.down, **self.convolution).flatten(2).mul_(self.gain[:, None])
         flat = y.view(*y.shape[:2], -1)
         for rows, columns, up in self.groups:
             out = flat if rows is None else flat.narrow(1, *rows)

@@ -264,6 +264,20 @@ class TestWindow:
         assert all(torch.equal(base, ours) for (_, base), (_, ours) in pairs[:first])
         assert not torch.equal(pairs[first][0][1], pairs[first][1][1])
 
+    def test_strength_that_changes_from_call_to_call(self, plain):
+        """What a schedule of strengths will be: the same placed adapters, another number in each call."""
+        border = Window.of(plain.get_model_object("model_sampling"), 0.35, 1.0)
+
+        class Scheduled(adapters.AdapterEffect):
+            def strength(self, call):
+                return -0.4 if border.holds(call.sigma) else 0.9
+
+        scheduled = plain.clone()
+        parts = adapters.place(plain, models.lora(plain), "test").parts
+        dispatcher.attach(scheduled, Scheduled("test", parts, 1.0, EVERYWHERE))
+        pieces = cases.slide(cases.slide(plain, 0.9, end=0.35), -0.4, start=0.35)
+        assert torch.equal(models.sample(scheduled, steps=self.STEPS), models.sample(pieces, steps=self.STEPS))
+
     def test_step_on_the_border_belongs_to_the_window_that_starts_there(self, plain):
         sampling_ = plain.get_model_object("model_sampling")
         border = sampling_.percent_to_sigma(0.5)
