@@ -100,6 +100,25 @@ class TestOtherCodeOnTheSameMethods:
         assert torch.equal(models.sample(plain), unchanged)
         assert forwards(plain) == []
 
+    def test_output_that_another_keeps_is_not_written_to(self, plain):
+        """A forward below ours hands out a tensor of its own, as caching packs do."""
+        module = plain.model.diffusion_model.middle_block[0].in_layers[2]
+        kept = []
+
+        def keeping(inner):
+            def forward(x):
+                kept.append(inner(x))
+                kept.append(kept[-1].clone())
+                return kept[-2]
+
+            return forward
+
+        with sampling.replaced_forward(module, keeping):
+            models.sample(cases.slide(plain))
+        assert len(kept) == 8
+        assert all(torch.equal(*pair) for pair in zip(kept[::2], kept[1::2], strict=True))
+        assert forwards(plain) == []
+
     def test_apply_model_replaced_between_our_begin_and_end(self, plain):
         acting = cases.slide(plain)
         expected = models.sample(acting)
