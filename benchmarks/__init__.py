@@ -1,0 +1,1 @@
+"""One file per claim. `results/` holds the committed full runs, which the documentation quotes."""

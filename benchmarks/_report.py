@@ -1,0 +1,96 @@
+"""What every benchmark shares: intervals, the machine's description, and results that can be checked later."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Figure(NamedTuple):
+    """A measured mean with its 95 % interval over n independent cases."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
+
+
+def mean(values: Sequence[float] | torch.Tensor, *, resamples: int = 2000) -> Figure:
+    """The mean with a bootstrap interval (2.5 % to 97.5 %), from a fixed random stream."""
+    data = torch.as_tensor(values, dtype=torch.float64)
+    draws = torch.randint(len(data), (resamples, len(data)), generator=torch.Generator().manual_seed(0))
+    means = data[draws].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(float(data.mean()), low, high, len(data))
+
+
+def machine() -> str:
+    """The machine in words: processor, cores, GPU if one is used, torch."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}, {platform.system()}"
+
+
+def commit() -> str:
+    """The commit that was measured, marked where files differ from it."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write(name: str, seconds: float, figures: dict[str, Figure], arms: list[dict]) -> Path:
+    """Write results/NAME.json and print the figures."""
+    result = {
+        "name": name,
+        "machine": machine(),
+        "commit": commit(),
+        "seconds": round(seconds, 1),
+        "figures": {key: {k: round(v, 6) for k, v in figure._asdict().items()} for key, figure in figures.items()},
+        "arms": arms,
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for key, figure in figures.items():
+        print(f"{key:>24}  {figure}")
+    print(f"Wrote {path}")
+    return path
+
+
+def check(name: str, measured: dict[str, Figure]) -> int:
+    """Compare a smaller re-run with the committed result: a committed value outside the new interval fails."""
+    committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+    failed = 0
+    for key, figure in measured.items():
+        value = committed[key]["value"]
+        inside = figure.low <= value <= figure.high
+        failed += not inside
+        print(f"{key:>24}  committed {value:.4g}, now {figure}: {'holds' if inside else 'DOES NOT HOLD'}")
+    return 1 if failed else 0
+
+
+def run(name: str, argv: list[str], measure: Callable[[bool], tuple[dict[str, Figure], list[dict]]]) -> int:
+    """A benchmark's command line: measure in full and write, or with --check a sample and compare."""
+    parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    began = time.monotonic()
+    figures, arms = measure(options.check)
+    if options.check:
+        return check(name, figures)
+    write(name, time.monotonic() - began, figures, arms)
+    return 0

@@ -1,0 +1,266 @@
+"""The lab models through the host's own classes: an SD1.5-class UNet, a Flux-class DiT, a CLIP text encoder and a KL autoencoder, all of tiny width.
+
+No stock loader can read them (the host detects models by full-size widths), so they are built from configuration here, and from then on they
+are the host's: every sampler, LoRA loader, VAE node and text node treats them as it treats any model.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "lab" / "weights"
+VOCABULARY = 49408
+ROW_SEED = 20261120
+
+TEXT_CONFIG = {
+    "hidden_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+}
+VAE_CONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 128,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+UNET_CONFIG = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 1, 2],
+    "transformer_depth": [1, 1, 1],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 128,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "num_classes": None,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+DIT_CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "patch_size": 1,
+    "vec_in_dim": 128,
+    "context_in_dim": 128,
+    "hidden_size": 160,
+    "mlp_ratio": 4.0,
+    "num_heads": 4,
+    "depth": 2,
+    "depth_single_blocks": 5,
+    "axes_dim": [8, 16, 16],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "txt_ids_dims": [],
+}
+MODELS = ("unet", "dit")
+
+
+class LabModel(NamedTuple):
+    """What a lab model is made of: the host's MODEL (patcher), CLIP and VAE."""
+
+    model: object
+    clip: object
+    vae: object
+
+
+class LabError(ValueError):
+    """A lab model that cannot be given, and what to do about it."""
+
+
+def hashed_rows(ids: np.ndarray, width: int) -> torch.Tensor:
+    """Token embeddings of words that the lab never learnt: (len(ids), width) float32, deterministic on every machine, spread like trained rows.
+
+    Storing all 49,408 rows would outweigh the models, so rows that training did not touch are made from their number by an integer hash.
+    """
+    cell = ids.astype(np.uint32)[:, None] * np.uint32(width) + np.arange(width, dtype=np.uint32)[None]
+    cell = cell + np.uint32(ROW_SEED)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        cell = (cell ^ (cell >> np.uint32(shift))) * np.uint32(factor)
+    cell = cell ^ (cell >> np.uint32(16))
+    uniform = cell.astype(np.float64) / 2**32
+    return torch.from_numpy(((uniform - 0.5) * 0.02 * 12**0.5).astype(np.float32))
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and the configuration in the header of a lab weight file. Raises LabError with what to do when it is missing or broken."""
+    if not path.is_file():
+        raise LabError(
+            f"The lab weights {path.name} are missing from {path.parent}: reinstall the pack, or train them with `python run.py lab`."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, config  # noqa: SIM118 (safe_open is no mapping)
+    except Exception as error:
+        raise LabError(f"The lab weights {path} cannot be read ({error}): reinstall the pack.") from error
+
+
+def full_embedding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Text weights with the stored rows laid into a whole (49408, width) embedding table."""
+    tensors = dict(tensors)
+    prefix = "text_model.embeddings.token_embedding."
+    ids, rows = tensors.pop(prefix + "ids"), tensors.pop(prefix + "rows")
+    table = hashed_rows(np.arange(VOCABULARY), rows.shape[1])
+    table[ids.long()] = rows.float()
+    tensors[prefix + "weight"] = table
+    return tensors
+
+
+def build_vae_module() -> torch.nn.Module:
+    """The host's KL autoencoder at the lab's width, weights not set."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    return AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4)
+
+
+def build_unet_module() -> torch.nn.Module:
+    """The host's UNet at the lab's width, trainable, weights not set."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(**UNET_CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+
+
+def build_dit_module() -> torch.nn.Module:
+    """The host's Flux transformer at the lab's width, trainable, weights not set."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    return Flux(**DIT_CONFIG, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+
+
+def tokenizer():
+    """The host's CLIP tokenizer as transformers' class."""
+    import comfy.sd1_clip
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer")
+
+
+def _model_config(name: str):
+    import comfy.latent_formats
+    import comfy.supported_models
+
+    if name == "unet":
+        config = comfy.supported_models.SD15(UNET_CONFIG)
+        # SD15 forces eight heads on whatever it is given.
+        config.unet_config = dict(UNET_CONFIG)
+    else:
+        config = comfy.supported_models.FluxSchnell(DIT_CONFIG)
+        config.unet_config = dict(DIT_CONFIG)
+        config.latent_format = comfy.latent_formats.SD15()
+    return config
+
+
+def load_model(name: str, weights: str | None = None, disable_dynamic: bool = False):
+    """MODEL of a lab model, as the host's patcher. It reloads itself from the same file when the host asks for a pristine copy (deep copies,
+    training, further GPUs), which is what `cached_patcher_init` promises."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    path = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
+    tensors, _ = read_weights(path)
+    config = _model_config(name)
+    load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(
+        model_params=sum(t.numel() for t in tensors.values()),
+        supported_dtypes=config.supported_inference_dtypes,
+        weight_dtype=torch.float16,
+    )
+    if load_device.type == "cpu":
+        dtype = torch.float32
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))
+    model = config.get_model(tensors, "", device=offload_device)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    model.load_model_weights({key: tensor.to(dtype) for key, tensor in tensors.items()}, "", assign=patcher.is_dynamic())
+    model.to(offload_device)
+    patcher.cached_patcher_init = (load_model, (name, weights))
+    return patcher
+
+
+def load_clip(weights: str | None = None):
+    """CLIP: the host's SD1 CLIP class with the lab's text encoder in it."""
+    import comfy.model_management
+    import comfy.sd
+    import comfy.sd1_clip
+    import comfy.supported_models_base
+    import folder_paths
+
+    tensors, _ = read_weights(Path(weights) if weights else WEIGHTS / "text.safetensors")
+    tensors = {"clip_l.transformer." + key: tensor.float() for key, tensor in full_embedding(tensors).items()}
+    # The text encoder has no projection of its own; pooled states are used as they are.
+    tensors["clip_l.transformer.text_projection.weight"] = torch.eye(TEXT_CONFIG["hidden_size"])
+    clip = comfy.sd.CLIP(
+        comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data={"clip_l_tokenizer_class": partial(comfy.sd1_clip.SDTokenizer, embedding_size=TEXT_CONFIG["hidden_size"])},
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        state_dict=tensors,
+        model_options={"clip_l_model_config": dict(TEXT_CONFIG)},
+    )
+    clip.patcher.cached_patcher_init = (_clip_patcher, (weights,))
+    return clip
+
+
+def _clip_patcher(weights: str | None = None, disable_dynamic: bool = False):
+    return load_clip(weights).patcher
+
+
+def load_vae(weights: str | None = None):
+    """VAE: the host's class around its KL autoencoder at the lab's width."""
+    import comfy.sd
+
+    tensors, _ = read_weights(Path(weights) if weights else WEIGHTS / "vae.safetensors")
+    vae = comfy.sd.VAE(
+        sd={key: tensor.float() for key, tensor in tensors.items()}, config={"params": {"ddconfig": dict(VAE_CONFIG), "embed_dim": 4}}
+    )
+    vae.patcher.cached_patcher_init = (_vae_patcher, (weights,))
+    return vae
+
+
+def _vae_patcher(weights: str | None = None, disable_dynamic: bool = False):
+    return load_vae(weights).patcher
+
+
+def load(name: str) -> LabModel:
+    """A lab model by name. Raises LabError that lists the names."""
+    if name not in MODELS:
+        raise LabError(unknown(name))
+    return LabModel(load_model(name), load_clip(), load_vae())
+
+
+def unknown(name: str) -> str:
+    """What to say of a name that no lab model has."""
+    return f"There is no lab model named '{name}'. Choose one of: {', '.join(MODELS)}."
+
+
+def fingerprint(name: str) -> list[tuple[str, int, int]]:
+    """Size and time of a lab model's files, so that retrained weights are seen."""
+    files = [WEIGHTS / f"{part}.safetensors" for part in (name, "text", "vae")]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]

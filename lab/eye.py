@@ -1,0 +1,137 @@
+"""The eye: reads a picture of the lab back into the words of its scene.
+
+A small convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it reads the
+background's lightness and the style, and judges validity: whether this could be a drawn scene at all, or is smeared, merged, noisy or blank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .scenes import BACKGROUNDS, COLOURS, FILLS, KINDS, MAX_DIAMETER, STYLES
+
+CELL = 4  # pixels per cell of the grid
+HEADS = {"heat": 1, "kind": len(KINDS), "colour": len(COLOURS), "fill": len(FILLS), "diameter": 1, "offset": 2}
+SCENE_HEADS = {"background": 1, "style": len(STYLES), "valid": 1}
+
+
+@dataclass
+class Seen:
+    """One object as the eye reads it. x, y: centre in pixels; diameter in pixels; sure: 0..1."""
+
+    kind: str
+    colour: str
+    fill: str
+    diameter: float
+    x: float
+    y: float
+    sure: float
+
+
+@dataclass
+class Reading:
+    """A picture as the eye reads it. background: lightness 0..1; valid: 0..1, above 0.5 is a scene that could have been drawn."""
+
+    background: float
+    style: str
+    valid: float
+    objects: list[Seen] = field(default_factory=list)
+
+    def background_word(self) -> str:
+        from .scenes import BACKGROUND_RANGES
+
+        return BACKGROUNDS[min(range(len(BACKGROUNDS)), key=lambda i: abs(sum(BACKGROUND_RANGES[i]) / 2 - self.background))]
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dilation: int = 1):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.GroupNorm(8, width),
+        )
+
+    def forward(self, x):
+        return F.relu(x + self.net(x))
+
+
+class EyeNet(nn.Module):
+    """Pictures (N, 3, H, W) in 0..1 -> grid heads (N, channels, H/4, W/4) and scene heads (N, channels)."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(),
+            nn.Conv2d(32, 48, 3, stride=2, padding=1), nn.GroupNorm(8, 48), nn.ReLU(),
+            nn.Conv2d(48, width, 3, stride=2, padding=1), nn.GroupNorm(8, width), nn.ReLU(),
+        )  # fmt: skip
+        self.body = nn.Sequential(_Block(width), _Block(width, 2), _Block(width, 4), _Block(width), _Block(width, 2), _Block(width))
+        self.grid = nn.Conv2d(width, sum(HEADS.values()), 1)
+        self.scene = nn.Sequential(nn.Linear(3 * width, 128), nn.ReLU(), nn.Linear(128, sum(SCENE_HEADS.values())))
+
+    def forward(self, pictures):
+        x = self.body(self.stem(pictures * 2 - 1))
+        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3)), x.flatten(2).std(-1)], 1)
+        grid = dict(zip(HEADS, self.grid(x).split(list(HEADS.values()), 1), strict=True))
+        scene = dict(zip(SCENE_HEADS, self.scene(pooled).split(list(SCENE_HEADS.values()), 1), strict=True))
+        return grid, scene
+
+
+class Eye:
+    """A trained eye. `read` takes pictures as the host has them, (N, H, W, 3) in 0..1, of any multiple of eight pixels a side."""
+
+    def __init__(self, net: EyeNet):
+        self.net = net.eval()
+
+    @classmethod
+    def load(cls, path: Path | None = None, device: str = "cpu") -> Eye:
+        from ..host.lab import WEIGHTS, read_weights
+
+        tensors, _ = read_weights(path or WEIGHTS / "eye.safetensors")
+        net = EyeNet()
+        net.load_state_dict({key: value.float() for key, value in tensors.items()})
+        return cls(net.to(device))
+
+    @torch.no_grad()
+    def read(self, images: torch.Tensor, *, threshold: float = 0.35, batch: int = 256) -> list[Reading]:
+        """One Reading per picture, objects surest first."""
+        readings = []
+        device = next(self.net.parameters()).device
+        for part in images.float().split(batch):
+            grid, scene = self.net(part.movedim(-1, 1).to(device))
+            readings += _decode(grid, scene, threshold)
+        return readings
+
+
+def _decode(grid, scene, threshold) -> list[Reading]:
+    heat = torch.sigmoid(grid["heat"][:, 0])
+    peak = (heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]) & (heat > threshold)
+    background, style = torch.sigmoid(scene["background"][:, 0]).tolist(), scene["style"].argmax(1).tolist()
+    valid = torch.sigmoid(scene["valid"][:, 0]).tolist()
+    readings = [Reading(background[i], STYLES[style[i]], valid[i]) for i in range(len(heat))]
+    picture, row, column = (part.tolist() for part in torch.nonzero(peak, as_tuple=True))
+    named = {key: grid[key].argmax(1).cpu() for key in ("kind", "colour", "fill")}
+    diameter, offset, heat = torch.sigmoid(grid["diameter"][:, 0]).cpu(), torch.tanh(grid["offset"]).cpu(), heat.cpu()
+    for n, i, j in zip(picture, row, column, strict=True):
+        readings[n].objects.append(
+            Seen(
+                KINDS[named["kind"][n, i, j]],
+                COLOURS[named["colour"][n, i, j]],
+                FILLS[named["fill"][n, i, j]],
+                float(diameter[n, i, j]) * 1.5 * MAX_DIAMETER,
+                (j + 0.5 + float(offset[n, 0, i, j])) * CELL,
+                (i + 0.5 + float(offset[n, 1, i, j])) * CELL,
+                float(heat[n, i, j]),
+            )
+        )
+    for reading in readings:
+        reading.objects.sort(key=lambda seen: -seen.sure)
+    return readings

@@ -1,0 +1,180 @@
+"""Pools of captioned scenes, drawn once and kept: attributes and caption tokens, per canvas size. Pictures are drawn from them when needed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..host import lab as host_lab
+from .captions import IMAGE_TRAINING, PLAIN, TEXT_TRAINING, Writer, write_captions
+from .scenes import Scenes, cat_scenes, render, sample_scenes
+
+TOKENS = 77
+# (height, width): (share of the pool, {objects: weight})
+BUCKETS = {
+    (64, 64): (0.40, {1: 0.62, 2: 0.38}),
+    (96, 96): (0.14, {1: 0.30, 2: 0.35, 3: 0.25, 4: 0.10}),
+    (128, 128): (0.26, {1: 0.34, 2: 0.24, 3: 0.16, 4: 0.11, 5: 0.08, 6: 0.07}),
+    (64, 96): (0.05, {1: 0.45, 2: 0.40, 3: 0.15}),
+    (96, 64): (0.05, {1: 0.45, 2: 0.40, 3: 0.15}),
+    (96, 128): (0.05, {1: 0.30, 2: 0.30, 3: 0.25, 4: 0.15}),
+    (128, 96): (0.05, {1: 0.30, 2: 0.30, 3: 0.25, 4: 0.15}),
+}
+WORDINGS = (IMAGE_TRAINING, PLAIN, TEXT_TRAINING)  # caption columns of a pool, in this order
+
+
+def filler_words(tokenizer, how_many: int = 1400) -> tuple[str, ...]:
+    """The tokenizer's most frequent whole words that mean nothing in the lab: the text encoder learns to pass over them."""
+    vocabulary = tokenizer.get_vocab()
+    taken = _lab_words()
+    words = [token[:-4] for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1]) if token.endswith("</w>")]
+    plain = [word for word in words if word.isalpha() and word.isascii() and len(word) > 2 and word not in taken]
+    return tuple(plain[:how_many])
+
+
+def _lab_words() -> set[str]:
+    from . import captions
+
+    words: set[str] = set(captions.RESERVED_WORDS)
+    tables = (
+        captions.SHAPE_WORDS,
+        captions.COLOUR_WORDS,
+        captions.FILL_WORDS,
+        captions.SIZE_WORDS,
+        captions.STYLE_WORDS,
+        captions.BACKGROUND_WORDS,
+    )
+    for table in tables:
+        for wordings in table.values():
+            for text in (wordings.plain, *wordings.synonyms, *wordings.held_synonyms, *wordings.described, *wordings.held_described):
+                words.update(text.split())
+    for places in captions.PLACE_WORDS.values():
+        for text in places:
+            words.update(text.split())
+    return words | {
+        "above",
+        "over",
+        "below",
+        "under",
+        "beneath",
+        "beside",
+        "and",
+        "without",
+        "with",
+        "not",
+        "background",
+        "backdrop",
+        "thing",
+        "object",
+        "shape",
+        "style",
+    }
+
+
+def _make(task):
+    bucket, n, counts, seed, fillers = task
+    torch.set_num_threads(1)
+    scenes = sample_scenes(n, height=bucket[0], width=bucket[1], counts=counts, generator=torch.Generator().manual_seed(seed))
+    scenes = scenes[scenes.count > 0]
+    tokenizer = host_lab.tokenizer()
+    tokens, orders = [], []
+    for column, wording in enumerate(WORDINGS):
+        captions, order = write_captions(scenes, Writer(wording, random.Random(seed * 10 + column), fillers))
+        ids = tokenizer(captions, padding="max_length", truncation=True, max_length=TOKENS)["input_ids"]
+        tokens.append(np.asarray(ids, dtype=np.uint16))
+        padded = np.full((len(scenes), 6), -1, dtype=np.int8)
+        for row, slots in enumerate(order):
+            padded[row, : len(slots)] = slots
+        orders.append(padded)
+    values = [getattr(scenes, f.name).numpy() for f in fields(scenes)[2:]]
+    return bucket, values, np.stack(tokens, 1), np.stack(orders, 1)
+
+
+class Pool:
+    """Scenes of one canvas size with captions: tokens (N, columns, 77), orders (N, columns, 6) slots in the order of naming, -1 past the end."""
+
+    def __init__(self, scenes: Scenes, tokens: torch.Tensor, orders: torch.Tensor):
+        self.scenes, self.tokens, self.orders = scenes, tokens, orders
+
+    def to(self, device) -> Pool:
+        return Pool(self.scenes.to(device), self.tokens.to(device), self.orders.to(device))
+
+    def __len__(self):
+        return len(self.scenes)
+
+
+def make_pools(total: int, folder: Path, *, seed: int = 1, workers: int = 2) -> None:
+    """Draw `total` captioned scenes over all canvas sizes into `folder`, in parallel processes (start before any CUDA work: they fork)."""
+    fillers = filler_words(host_lab.tokenizer())
+    chunk, tasks = 4000, []
+    for bucket, (share, counts) in BUCKETS.items():
+        left = int(total * share)
+        while left > 0:
+            tasks.append((bucket, min(chunk, left), counts, seed * 100_003 + len(tasks), fillers))
+            left -= chunk
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        made = pool.map(_make, tasks, chunksize=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for bucket in BUCKETS:
+        parts = [part for part in made if part[0] == bucket]
+        values = [torch.from_numpy(np.concatenate([part[1][i] for part in parts])) for i in range(len(parts[0][1]))]
+        tokens = torch.from_numpy(np.concatenate([part[2] for part in parts]).astype(np.int32))
+        orders = torch.from_numpy(np.concatenate([part[3] for part in parts]))
+        torch.save({"bucket": bucket, "values": values, "tokens": tokens, "orders": orders}, folder / f"pool_{bucket[0]}x{bucket[1]}.pt")
+
+
+def read_pools(folder: Path) -> dict[tuple[int, int], Pool]:
+    """Every pool in `folder`, by (height, width)."""
+    pools = {}
+    for path in sorted(folder.glob("pool_*.pt")):
+        data = torch.load(path, weights_only=True)
+        pools[tuple(data["bucket"])] = Pool(Scenes(*data["bucket"], *data["values"]), data["tokens"], data["orders"])
+    return pools
+
+
+class Bank:
+    """Pictures drawn once and kept as bytes on the device: training on pictures then waits for no drawing.
+
+    `shares`: (height, width) -> ({objects: weight}, how many pictures per 1,000 of `size`).
+    """
+
+    SHARES = {
+        (64, 64): ({1: 0.45, 2: 0.55}, 550),
+        (96, 96): ({2: 0.3, 3: 0.4, 4: 0.3}, 160),
+        (64, 96): ({1: 0.3, 2: 0.4, 3: 0.3}, 130),
+        (128, 128): ({1: 0.2, 3: 0.3, 6: 0.5}, 160),
+    }
+
+    def __init__(self, device, generator, *, characters: float, any_background: bool = False, size: int | None = None, chunk: int = 2000):
+        size = size or (60_000 if device == "cuda" else 6_000)
+        self.generator, self.device, self.parts = generator, device, []
+        for (height, width), (counts, share) in self.SHARES.items():
+            left, scenes, pictures = size * share // 1000, [], []
+            while left > 0:
+                part = sample_scenes(
+                    min(chunk, left),
+                    height=height,
+                    width=width,
+                    counts=counts,
+                    characters=characters,
+                    any_background=any_background,
+                    generator=generator,
+                ).to(device)
+                pictures.append((render(part) * 255).round().to(torch.uint8))
+                scenes.append(part)
+                left -= chunk
+            self.parts.append((cat_scenes(scenes), torch.cat(pictures)))
+        self.turn = 0
+
+    def draw(self, n: int):
+        """The next random batch: (Scenes, pictures (m, 3, H, W) in 0..1), m shrinking as the canvas grows so that the pixels stay about n * 64 * 64."""
+        scenes, pictures = self.parts[self.turn % len(self.parts)]
+        self.turn += 1
+        m = max(1, n * 64 * 64 // (scenes.height * scenes.width))
+        rows = torch.randint(len(pictures), (m,), generator=self.generator).to(self.device)
+        return scenes[rows], pictures[rows].float() / 255
