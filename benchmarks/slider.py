@@ -1,4 +1,4 @@
-"""The shipped slider moves its attribute steadily, far and without spoiling the picture, and is the stock LoRA loader's picture at each strength.
+"""A shipped slider moves its attribute steadily and far, spoils no picture, and gives the stock LoRA loader's picture at each strength.
 
 For every seed: one prompt, nine strengths from -2 to 2, the attribute read by the eye. Figures, each a mean over seeds:
 

@@ -1,7 +1,7 @@
-"""The lab models through the host's own classes: an SD1.5-class UNet, a Flux-class DiT, a CLIP text encoder and a KL autoencoder, all of tiny width.
+"""The lab models through the host's own classes, all of tiny width: an SD1.5-class UNet, a Flux-class DiT, a CLIP and a KL autoencoder.
 
-No stock loader can read them (the host detects models by full-size widths), so they are built from configuration here, and from then on they
-are the host's: every sampler, LoRA loader, VAE node and text node treats them as it treats any model.
+No stock loader can read them (the host detects models by full-size widths), so they are built from configuration here, and from then on
+they are the host's: every sampler, LoRA loader, VAE node and text node treats them as it treats any model.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class LabError(ValueError):
 
 
 def hashed_rows(ids: np.ndarray, width: int) -> torch.Tensor:
-    """Token embeddings of words that the lab never learnt: (len(ids), width) float32, deterministic on every machine, spread like trained rows.
+    """Token embeddings of words that the lab never learnt: (len(ids), width) float32, the same on every machine.
 
     Storing all 49,408 rows would outweigh the models, so rows that training did not touch are made from their number by an integer hash.
     """
@@ -178,8 +178,9 @@ def _model_config(name: str):
 
 
 def load_model(name: str, weights: str | None = None, disable_dynamic: bool = False):
-    """MODEL of a lab model, as the host's patcher. It reloads itself from the same file when the host asks for a pristine copy (deep copies,
-    training, further GPUs), which is what `cached_patcher_init` promises."""
+    """MODEL of a lab model, as the host's patcher. It reloads itself from the same file when the host asks for a pristine copy (deep
+    copies, training, further GPUs), which is what `cached_patcher_init` promises.
+    """
     import comfy.model_management
     import comfy.model_patcher
 

@@ -1,7 +1,7 @@
 """Captions for the lab's scenes: varied templates, synonyms, misspellings and descriptions that avoid the word itself.
 
-Every way of naming a concept is in one table, so that a later test can ask for a concept in all of them. Wordings marked held out train the text
-encoder only: the image models never see a picture captioned with them, and must draw them through what the text encoder knows.
+Every way of naming a concept is in one table, so that a later test can ask for a concept in all of them. Wordings marked held out train
+the text encoder only: the image models never see a picture captioned with them, and must draw them through what the text encoder knows.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def misspell(word: str, rng: random.Random) -> str:
 
 
 class Writer:
-    """Writes captions for scenes with one `Wording` and one random stream. `fillers`: words that mean nothing here, strewn in now and then."""
+    """Writes captions for scenes with one `Wording` and one random stream. `fillers`: meaningless words, strewn in now and then."""
 
     def __init__(self, wording: Wording, rng: random.Random, fillers: tuple[str, ...] = ()):
         self.wording, self.rng, self.fillers = wording, rng, fillers
@@ -332,7 +332,9 @@ class Writer:
 
 
 def describe(scenes: Scenes) -> list[tuple[list[dict], str, str]]:
-    """The words that are true of each scene: per scene (items, background word, style), items in slot order. Characters have no words and are left out."""
+    """The words that are true of each scene: per scene (items, background word, style), items in slot order. Characters have no words and
+    are left out.
+    """
     columns, rows = scenes.column().tolist(), scenes.row().tolist()
     sizes, backgrounds, styles = scenes.size_word().tolist(), scenes.background_word().tolist(), scenes.style.tolist()
     kinds, colours, fills, counts = scenes.kind.tolist(), scenes.colour.tolist(), scenes.fill.tolist(), scenes.count.tolist()

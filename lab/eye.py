@@ -1,7 +1,8 @@
 """The eye: reads a picture of the lab back into the words of its scene.
 
-A small convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it reads the
-background's lightness and the style, and judges validity: whether this could be a drawn scene at all, or is smeared, merged, noisy or blank.
+A small convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it
+reads the background's lightness and the style, and judges validity: whether this could be a drawn scene at all, or is smeared, merged,
+noisy or blank.
 """
 
 from __future__ import annotations

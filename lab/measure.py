@@ -1,4 +1,4 @@
-"""Measure a lab model: draw many captions through the real host, read the pictures with the eye, compare with the scenes the captions tell of."""
+"""Measure a lab model: draw many captions through the real host, read the pictures with the eye, compare with what was asked."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def draw(
 
 
 def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
-    """Shares of pictures that hold what was asked. For one object, each attribute; for more, `bind` (the exact set of shape-colour pairs) and `placed`."""
+    """Shares of pictures that hold what was asked. For one object, each attribute; for more, `bind` (the exact set of shape-colour pairs)
+    and `placed`.
+    """
     scenes, right = asked.scenes, {}
 
     def tally(key, ok):

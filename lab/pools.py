@@ -1,4 +1,4 @@
-"""Pools of captioned scenes, drawn once and kept: attributes and caption tokens, per canvas size. Pictures are drawn from them when needed."""
+"""Pools of captioned scenes, per canvas size: attributes and caption tokens. Pictures are drawn from them when needed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _make(task):
 
 
 class Pool:
-    """Scenes of one canvas size with captions: tokens (N, columns, 77), orders (N, columns, 6) slots in the order of naming, -1 past the end."""
+    """Scenes of one canvas size with captions: tokens (N, columns, 77), orders (N, columns, 6) slots as named, then -1."""
 
     def __init__(self, scenes: Scenes, tokens: torch.Tensor, orders: torch.Tensor):
         self.scenes, self.tokens, self.orders = scenes, tokens, orders
@@ -172,7 +172,7 @@ class Bank:
         self.turn = 0
 
     def draw(self, n: int):
-        """The next random batch: (Scenes, pictures (m, 3, H, W) in 0..1), m shrinking as the canvas grows so that the pixels stay about n * 64 * 64."""
+        """The next random batch: (Scenes, pictures (m, 3, H, W) in 0..1), with m so that they hold about n * 64 * 64 pixels."""
         scenes, pictures = self.parts[self.turn % len(self.parts)]
         self.turn += 1
         m = max(1, n * 64 * 64 // (scenes.height * scenes.width))

@@ -1,11 +1,11 @@
 """The lab's world: procedurally drawn scenes whose truth is known.
 
-A scene is a canvas with a plain background on a dark-to-light axis and one to six objects. An object has a shape, a colour, a fill, a diameter in
-pixels and a place; one of six compound characters may stand instead of a shape. A global style changes how all of it is drawn. Objects keep
-their size in pixels (16 to 28); the canvas is what grows, from 64 to 128 pixels a side.
+A scene is a canvas with a plain background on a dark-to-light axis and one to six objects. An object has a shape, a colour, a fill, a
+diameter in pixels and a place; one of six compound characters may stand instead of a shape. A global style changes how all of it is
+drawn. Objects keep their size in pixels (16 to 28); the canvas is what grows, from 64 to 128 pixels a side.
 
-Everything here is vectorised torch and runs on any device: `sample_scenes` draws attributes, `render` draws pictures, and the `Scenes` value
-itself is the truth that captions, training and measurement read.
+Everything here is vectorised torch and runs on any device: `sample_scenes` draws attributes, `render` draws pictures, and the `Scenes`
+value itself is the truth that captions, training and measurement read.
 """
 
 from __future__ import annotations
@@ -130,10 +130,11 @@ def sample_scenes(
     plain: bool = False,
     any_background: bool = False,
 ) -> Scenes:
-    """Draw N scenes (on the CPU). counts: {number of objects: weight}; characters: share of objects that are characters; plain: solid fills and flat style only;
-    any_background: every lightness, those between two words included.
+    """Draw N scenes (on the CPU). counts: {number of objects: weight}; characters: share of objects that are characters; plain: solid
+    fills and flat style only; any_background: every lightness, those between two words included.
 
-    Objects never overlap and stay wholly inside the canvas: places are drawn slot by slot, the best of 64 candidates; scenes that found none lose the object.
+    Objects never overlap and stay wholly inside the canvas: places are drawn slot by slot, the best of 64 candidates; scenes that found
+    none lose the object.
     """
     counts = counts or {1: 1.0}
     count = torch.tensor(list(counts))[_weighted(list(counts.values()), (n,), generator)]
@@ -307,7 +308,7 @@ def _coverage(distance: torch.Tensor) -> torch.Tensor:
 
 
 def render(scenes: Scenes, *, masks: bool = False):
-    """Draw scenes -> pictures (N, 3, H, W) in 0..1, on the device of the scenes; with masks also (N, 6, H, W) coverage of each object's silhouette."""
+    """Draw scenes -> pictures (N, 3, H, W) in 0..1, on the device of the scenes; with masks also (N, 6, H, W) silhouettes."""
     n, height, width = len(scenes), scenes.height, scenes.width
     device = scenes.count.device
     row = torch.arange(height, device=device, dtype=torch.float32)[:, None] + 0.5

@@ -1,5 +1,7 @@
-"""Train the lab's image models on captioned latents: the UNet to predict noise on Stable Diffusion's schedule, the DiT to predict velocity on a
-straight path. The text encoder and the autoencoder are frozen; pictures are drawn and encoded once, at the start of each leg."""
+"""Train the lab's image models on captioned latents: the UNet to predict noise on Stable Diffusion's schedule, the DiT to predict
+velocity on a straight path. The text encoder and the autoencoder are frozen; pictures are drawn and encoded once, at the start of each
+leg.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,9 @@ def new_unet() -> nn.Module:
 
 
 def new_dit() -> nn.Module:
-    """The Flux class with zeroed modulation. Its blocks add in place into what their norms saved for the backward pass, which makes gradients
-    wrong; a copy before each such norm mends that."""
+    """The Flux class with zeroed modulation. Its blocks add in place into what their norms saved for the backward pass, which makes
+    gradients wrong; a copy before each such norm mends that.
+    """
     import comfy.model_management
 
     comfy.model_management.in_training = True  # the host's fast rotary code has no gradient

@@ -1,9 +1,10 @@
-"""Train a lab slider with the published text objective of Concept Sliders (Gandikota et al., arXiv 2311.12092; loss as its released code has it):
+"""Train a lab slider with the text objective of Concept Sliders (Gandikota et al., arXiv 2311.12092), as its released code has it:
 
     L = MSE( e_slider(x_t, target), stopgrad[ e(x_t, target) + eta (e(x_t, positive) - e(x_t, negative)) ] )
 
-x_t comes from noise, denoised by the model with the slider on to a random step; all four predictions are plain conditional ones. Only strength +1
-is trained. Rank 4, alpha 1, the layers of the published default ("noxattn": self-attention, residual blocks and samplers, no cross-attention).
+x_t comes from noise, denoised by the model with the slider on to a random step; all four predictions are plain conditional ones. Only
+strength +1 is trained. Rank 4, alpha 1, the layers of the published default ("noxattn": self-attention, residual blocks and samplers, no
+cross-attention).
 """
 
 from __future__ import annotations

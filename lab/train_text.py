@@ -1,7 +1,7 @@
 """Train the lab's text encoder to understand captions, before any picture is drawn.
 
-A throw-away head asks the encoder's states, through cross-attention as an image model would, what each named object is and where, and what the
-background and style are. All wordings take part, the held-out ones included: the image models then meet states, not words.
+A throw-away head asks the encoder's states, through cross-attention as an image model would, what each named object is and where, and
+what the background and style are. All wordings take part, the held-out ones included: the image models then meet states, not words.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class TextTrainer(nn.Module):
 
 
 def build_encoder() -> nn.Module:
-    """transformers' CLIPTextModel at the lab's width: the same layers and key names as the host's class, which cannot be trained (its residual
-    sums are done in place)."""
+    """transformers' CLIPTextModel at the lab's width: the same layers and key names as the host's class, which cannot be trained (its
+    residual sums are done in place).
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = {key: value for key, value in host_lab.TEXT_CONFIG.items() if key != "max_position_embeddings"}
@@ -80,7 +81,7 @@ def embeddings(encoder) -> nn.Embedding:
 
 
 def states(encoder, tokens: torch.Tensor, *, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(states (B, 77, W), pooled (B, W)) as the host gives them: the final norm on the chosen layer, pooled from the last layer at the end token."""
+    """(states (B, 77, W), pooled (B, W)) as the host gives them: the final norm on the chosen layer, pooled at the end token."""
     text = _text_model(encoder)
     out = text(input_ids=tokens, output_hidden_states=layer != -1)
     last = out.last_hidden_state

@@ -17,8 +17,8 @@ log = logging.getLogger("concept_nodes.lab")
 class Leg:
     """One leg of a training: counts steps towards `steps`, stops after `minutes`, keeps averaged weights, saves and resumes.
 
-    The learning rate warms up over 200 steps, then falls on a cosine to zero at `steps`. With `finish` the fall also ends when the leg's minutes
-    do, so that a leg on a lent machine closes with annealed weights whatever its speed turns out to be.
+    The learning rate warms up over 200 steps, then falls on a cosine to zero at `steps`. With `finish` the fall also ends when the leg's
+    minutes do, so that a leg on a lent machine closes with annealed weights whatever its speed turns out to be.
     """
 
     def __init__(

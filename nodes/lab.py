@@ -17,8 +17,9 @@ class LabLoader(io.ComfyNode):
             display_name="Load Lab Model",
             category="concept/lab",
             description=(
-                "Loads a tiny text-to-image model that ships with this pack: it draws coloured shapes at 64 to 128 pixels in about a second "
-                "on a CPU. Use it to try a workflow before running it on a real checkpoint. All samplers, LoRA loaders and VAE nodes work on it."
+                "Loads a tiny text-to-image model that ships with this pack: it draws coloured shapes at 64 to 128 pixels in about a "
+                "second on a CPU. Use it to try a workflow before running it on a real checkpoint. All samplers, LoRA loaders and VAE "
+                "nodes work on it."
             ),
             search_aliases=["lab", "tiny model", "test model", "demo model", "checkpoint", "shapes"],
             inputs=[
