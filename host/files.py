@@ -35,14 +35,13 @@ def missing(folder: str, name: str) -> str:
 
 
 def near_matches(name: str, known: list[str], limit: int = 3) -> list[str]:
-    """Names like `name`: first the same file in another folder, then similar spellings."""
-    base = name.rsplit("/", 1)[-1].lower()
-    same = [other for other in known if other.rsplit("/", 1)[-1].lower() == base]
-    lowered = {other.lower(): other for other in known}
-    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=limit, cutoff=0.6)]
-    bases = {other.rsplit("/", 1)[-1].lower(): other for other in known}
-    close += [bases[match] for match in difflib.get_close_matches(base, bases, n=limit, cutoff=0.7)]
-    return list(dict.fromkeys(same + close))[:limit]
+    """Names like `name`: first the same file in another folder, then similar spellings of the file's own name."""
+
+    def stem(path: str) -> str:
+        return path.rsplit("/", 1)[-1].rsplit(".", 1)[0].lower()
+
+    close = difflib.get_close_matches(stem(name), {stem(other) for other in known}, n=limit, cutoff=0.6)
+    return [other for match in close for other in known if stem(other) == match][:limit]
 
 
 def fingerprint(folder: str, name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..host import adapters, files
@@ -76,19 +75,13 @@ class Slider(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file=NONE, strength=1.0, start_percent=0.0, end_percent=1.0):
-        # Naming an input here switches the host's own range and list checks off for it.
-        fault = faulty_numbers(strength, start_percent, end_percent)
-        if fault is None and abs(strength) > LIMIT:
-            fault = f"strength is {strength:g}: choose a number from {-LIMIT:g} to {LIMIT:g}, 0 for no effect."
-        if fault is None and start_percent > end_percent:
-            fault = f"start_percent {start_percent:g} lies after end_percent {end_percent:g}: no step is in that window. Swap the two."
-        if fault is None and file != NONE:
-            try:
-                files.resolve("loras", file)
-            except files.MissingFile as error:
-                fault = str(error)
-        return fault or True
+    def validate_inputs(cls, file=NONE):
+        # Only the file: the host repeats a message for every input named here, and drops its own checks of them. It checks the ranges of
+        # the numbers itself; what it lets through (NaN, a window that ends before it starts, linked values) is refused by execute.
+        try:
+            return file == NONE or bool(files.resolve("loras", file))
+        except files.MissingFile as error:
+            return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, file=NONE, **_):
@@ -96,10 +89,7 @@ class Slider(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, file, strength, start_percent, end_percent, lora=None) -> io.NodeOutput:
-        # Linked values reach no validation.
-        fault = faulty_numbers(strength, start_percent, end_percent)
-        if fault is not None:
-            raise ValueError(fault)
+        check_numbers(strength, start_percent, end_percent)
         if lora is not None and file != NONE:
             raise ValueError(f"Both a file ('{file}') and `lora` are given. Set file to '{NONE}' to use `lora`, or disconnect `lora`.")
         idle = reason_to_do_nothing(file, strength, start_percent, end_percent, lora)
@@ -119,15 +109,16 @@ class Slider(io.ComfyNode):
         return result(model, "\n".join(lines))
 
 
-def faulty_numbers(strength, start_percent, end_percent) -> str | None:
-    """What is wrong with the numbers, or None."""
+def check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
+    """Raises ValueError that names the number that cannot be worked with."""
     for name, value, neutral in (("strength", strength, 0), ("start_percent", start_percent, 0), ("end_percent", end_percent, 1)):
-        if isinstance(value, torch.Tensor) or not math.isfinite(value):
-            return f"{name} is {value}, which is not a number to work with. Set it to a finite number, {neutral} for no effect."
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, which is no number to work with. Set it to a finite number, {neutral} for no effect.")
     for name, value in (("start_percent", start_percent), ("end_percent", end_percent)):
         if not 0.0 <= value <= 1.0:
-            return f"{name} is {value:g}: choose a share of sampling from 0 to 1."
-    return None
+            raise ValueError(f"{name} is {value:g}. Set it to a share of sampling from 0 to 1.")
+    if start_percent > end_percent:
+        raise ValueError(f"start_percent {start_percent:g} lies after end_percent {end_percent:g}: no step is in the window. Swap the two.")
 
 
 def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> str | None:
@@ -136,8 +127,8 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> st
         return "no file is chosen and no lora connected"
     if strength == 0.0:
         return "strength is 0"
-    if start_percent >= end_percent:
-        return f"no step lies between start_percent {start_percent:g} and end_percent {end_percent:g}"
+    if start_percent == end_percent:
+        return f"start_percent and end_percent are both {start_percent:g}, so no step lies between them"
     return None
 
 
