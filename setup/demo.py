@@ -14,6 +14,7 @@ from .server import Server, remove_base
 WORKFLOW = ROOT / "example_workflows" / "api" / "slider.json"
 SLIDER = "ConceptNodes_Slider"
 STRENGTHS = (-2, -1, 0, 1, 2)
+ROWS = 3  # pictures per strength
 
 
 def check_output(folder: Path):
@@ -29,6 +30,9 @@ def check_output(folder: Path):
 def make_pictures(host: Host, home: Path, variables: dict[str, str], folder: Path, device: str):
     """Write demo_<label>_<row>.png for the plain graph and every strength, and demo.json, which lists them with the slider's file."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    for node in workflow.values():
+        if "batch_size" in node["inputs"]:
+            node["inputs"]["batch_size"] = ROWS
     slider = next(node for node, content in workflow.items() if content["class_type"] == SLIDER)
     graphs = {"base": without(workflow, slider)} | {f"{strength:+d}": with_strength(workflow, slider, strength) for strength in STRENGTHS}
     (home / "bases").mkdir(exist_ok=True)
@@ -37,7 +41,7 @@ def make_pictures(host: Host, home: Path, variables: dict[str, str], folder: Pat
         with contextlib.ExitStack() as running:
             with progress("Starting ComfyUI"):
                 server = running.enter_context(Server(host, base, variables, device, log=home / "demo.log"))
-            with progress(f"Making {len(graphs)} pictures over HTTP"):
+            with progress(f"Making {len(graphs) * ROWS} pictures over HTTP"):
                 queued = {label: server.queue(graph) for label, graph in graphs.items()}
                 columns = {label: save(server, server.result(prompt), folder, label) for label, prompt in queued.items()}
     finally:

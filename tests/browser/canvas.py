@@ -77,10 +77,13 @@ class Canvas:
         return self.report_element(node_type).inner_text()
 
     def report_element(self, node_type: str):
-        element = self.page.evaluate_handle("""type => {
+        element = self.page.evaluate_handle(
+            """type => {
             const node = window.app.rootGraph.nodes.find(node => node.type === type);
             return node.widgets.find(widget => widget.name === "last_report").element;
-        }""", node_type).as_element()
+        }""",
+            node_type,
+        ).as_element()
         element.wait_for_element_state("visible", timeout=SHOW_TIMEOUT_MS)
         return element
 
@@ -103,20 +106,26 @@ class Canvas:
         return self.page.wait_for_function(width, arg=node_type, timeout=SHOW_TIMEOUT_MS).json_value()
 
     def set_widget(self, node_type: str, name: str, value: Any) -> None:
-        self.page.evaluate("""([type, name, value]) => {
+        self.page.evaluate(
+            """([type, name, value]) => {
             const node = window.app.rootGraph.nodes.find(node => node.type === type);
             node.widgets.find(widget => widget.name === name).value = value;
-        }""", [node_type, name, value])
+        }""",
+            [node_type, name, value],
+        )
 
     def click_title(self, node_type: str) -> None:
         """Select the only node of a type as a user does, by a click on its title."""
-        x, y = self.page.evaluate("""type => {
+        x, y = self.page.evaluate(
+            """type => {
             const { canvas, rootGraph } = window.app;
             const node = rootGraph.nodes.find(node => node.type === type);
             const [x, y] = canvas.convertOffsetToCanvas([node.pos[0] + 80, node.pos[1] - 12]);
             const { left, top } = canvas.canvas.getBoundingClientRect();
             return [left + x, top + y];
-        }""", node_type)
+        }""",
+            node_type,
+        )
         self.page.mouse.click(x, y)
 
     def _note_console(self, message) -> None:

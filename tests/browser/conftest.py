@@ -58,10 +58,13 @@ def host(chromium, tmp_path_factory, device):
 @pytest.fixture(params=["classic", "nodes2"])
 def canvas(request, chromium, host):
     """The frontend in a fresh browser profile, in the classic canvas and in Nodes 2.0."""
-    post_json(f"{host.url}/settings", {
-        "Comfy.TutorialCompleted": True,  # else a first visit opens the template gallery over the canvas
-        "Comfy.VueNodes.Enabled": request.param == "nodes2",
-    })
+    post_json(
+        f"{host.url}/settings",
+        {
+            "Comfy.TutorialCompleted": True,  # else a first visit opens the template gallery over the canvas
+            "Comfy.VueNodes.Enabled": request.param == "nodes2",
+        },
+    )
     context = chromium.new_context(viewport={"width": 1900, "height": 1000})
     canvas = Canvas(context.new_page(), host.url, nodes2=request.param == "nodes2")
     yield canvas

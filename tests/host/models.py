@@ -115,7 +115,8 @@ def build_quantised():
 
 
 FULL_SIZE = {
-    "sd15": UNET | {
+    "sd15": UNET
+    | {
         "model_channels": 320,
         "num_res_blocks": [2, 2, 2, 2],
         "channel_mult": [1, 2, 4, 4],
@@ -124,7 +125,8 @@ FULL_SIZE = {
         "context_dim": 768,
         "num_heads": 8,
     },
-    "sdxl": SDXL | {
+    "sdxl": SDXL
+    | {
         "model_channels": 320,
         "num_res_blocks": [2, 2, 2],
         "channel_mult": [1, 2, 4],
@@ -135,7 +137,8 @@ FULL_SIZE = {
         "num_heads": -1,
         "num_head_channels": 64,
     },
-    "flux": FLUX | {
+    "flux": FLUX
+    | {
         "vec_in_dim": 768,
         "context_in_dim": 4096,
         "hidden_size": 3072,

@@ -43,10 +43,15 @@ def in_style(model, style) -> dict[str, torch.Tensor]:
     elif style != "host" and style != "kohya native":
         diffusers = {key: f"diffusion_model.{value}" for key, value in comfy.utils.unet_to_diffusers(config).items()}
     shapes = layers(model)
-    names = {name: (name, None) for name in shapes} if not diffusers else {
-        key.removesuffix(".weight"): ((target, None) if isinstance(target, str) else target[:2])
-        for key, target in diffusers.items() if key.endswith(".weight")
-    }
+    names = (
+        {name: (name, None) for name in shapes}
+        if not diffusers
+        else {
+            key.removesuffix(".weight"): ((target, None) if isinstance(target, str) else target[:2])
+            for key, target in diffusers.items()
+            if key.endswith(".weight")
+        }
+    )
     seen = set()
     for index, (name, (target, offset)) in enumerate(names.items()):
         shape = shapes.get(target.removesuffix(".weight"))
@@ -90,7 +95,7 @@ def dense(parts, model) -> dict[str, torch.Tensor]:
         weights[name] = torch.zeros(layers(model)[name])
         for factors in part.factors:
             first, count = factors.rows or (0, len(weights[name]))
-            weights[name][first:first + count] += delta_weight(factors)
+            weights[name][first : first + count] += delta_weight(factors)
     return weights
 
 
@@ -157,24 +162,29 @@ def test_alpha_over_rank(built):
 
 NAME = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 OTHER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k"
-LOHA = {f"{OTHER}.hada_{end}": torch.zeros(*shape) for end, shape in {
-    "w1_a": (32, 2), "w1_b": (2, 32), "w2_a": (32, 2), "w2_b": (2, 32)}.items()}
+LOHA = {
+    f"{OTHER}.hada_{end}": torch.zeros(*shape)
+    for end, shape in {"w1_a": (32, 2), "w1_b": (2, 32), "w2_a": (32, 2), "w2_b": (2, 32)}.items()
+}
 
 
 class TestWhatIsNotPlacedIsTold:
     def report(self, model, more) -> str:
         return adapters.place(model, entry({}, NAME, 32, 32) | more, "test").report
 
-    @pytest.mark.parametrize("told, more", [
-        ("text encoder", entry({}, "lora_te_text_model_encoder_layers_0_self_attn_q_proj", 8, 8)),
-        ("text encoder", entry({}, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 8, 8)),
-        ("LoHa", LOHA),
-        ("LoKr", {f"{OTHER}.lokr_w1": torch.zeros(4, 4), f"{OTHER}.lokr_w2": torch.zeros(8, 8)}),
-        ("DoRA", entry({f"{OTHER}.dora_scale": torch.ones(32, 1)}, OTHER, 32, 32)),
-        ("full weight difference", {"diffusion_model.input_blocks.1.1.norm.diff": torch.zeros(32)}),
-        ("layers this model does not have", entry({}, "diffusion_model.input_blocks.99.0", 4, 4)),
-        ("another shape", entry({}, OTHER, 7, 9)),
-    ])
+    @pytest.mark.parametrize(
+        "told, more",
+        [
+            ("text encoder", entry({}, "lora_te_text_model_encoder_layers_0_self_attn_q_proj", 8, 8)),
+            ("text encoder", entry({}, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 8, 8)),
+            ("LoHa", LOHA),
+            ("LoKr", {f"{OTHER}.lokr_w1": torch.zeros(4, 4), f"{OTHER}.lokr_w2": torch.zeros(8, 8)}),
+            ("DoRA", entry({f"{OTHER}.dora_scale": torch.ones(32, 1)}, OTHER, 32, 32)),
+            ("full weight difference", {"diffusion_model.input_blocks.1.1.norm.diff": torch.zeros(32)}),
+            ("layers this model does not have", entry({}, "diffusion_model.input_blocks.99.0", 4, 4)),
+            ("another shape", entry({}, OTHER, 7, 9)),
+        ],
+    )
     def test_and_the_rest_is_applied(self, built, told, more):
         report = self.report(built["sd15"], more)
         assert "Placed on 1 layers" in report
@@ -183,10 +193,13 @@ class TestWhatIsNotPlacedIsTold:
         if told == "text encoder":
             assert "CLIP" in report
 
-    @pytest.mark.parametrize("wrong, kind, says", [
-        ("flux", "sd15", "Flux.1"),
-        ("sd15", "flux", "Stable Diffusion 1.5"),
-    ])
+    @pytest.mark.parametrize(
+        "wrong, kind, says",
+        [
+            ("flux", "sd15", "Flux.1"),
+            ("sd15", "flux", "Stable Diffusion 1.5"),
+        ],
+    )
     def test_a_file_of_another_family(self, built, wrong, kind, says):
         names = {"flux": ("lora_unet_double_blocks_0_img_attn_proj", 3072), "sd15": ("lora_unet_up_blocks_3_attentions_0_proj_in", 320)}
         name, width = names[wrong]

@@ -369,10 +369,16 @@ class TestCompile:
 
 
 class TestPrecision:
-    @pytest.mark.parametrize("dtype, compute, tolerance", [
-        ("float32", None, 1e-5), ("bfloat16", None, 0.1), ("float16", None, 0.01), ("float16", "float32", 1e-3),
-        ("float8_e4m3fn", "bfloat16", 0.1),
-    ])
+    @pytest.mark.parametrize(
+        "dtype, compute, tolerance",
+        [
+            ("float32", None, 1e-5),
+            ("bfloat16", None, 0.1),
+            ("float16", None, 0.01),
+            ("float16", "float32", 1e-3),
+            ("float8_e4m3fn", "bfloat16", 0.1),
+        ],
+    )
     def test_same_as_in_float32(self, dtype, compute, tolerance):
         """What the slider adds differs from what it adds in float32, on the same stored weights, by no more than the format's rounding."""
         model = models.build("sd15", dtype, compute)

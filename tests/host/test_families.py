@@ -14,8 +14,12 @@ PUBLISHED = {
     "sd15": [
         *[f"down_blocks.{i}.attentions.{j}.transformer_blocks.0.{end}" for i in range(3) for j in range(2) for end in UNET_ATTENTION],
         *[f"up_blocks.{i}.attentions.{j}.transformer_blocks.0.{end}" for i in range(1, 4) for j in range(3) for end in UNET_ATTENTION],
-        *[f"up_blocks.{i}.resnets.{j}.{end}" for i in range(4) for j in range(3)
-          for end in ("conv1", "conv2", "time_emb_proj", "conv_shortcut")],
+        *[
+            f"up_blocks.{i}.resnets.{j}.{end}"
+            for i in range(4)
+            for j in range(3)
+            for end in ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
+        ],
         *[f"down_blocks.{i}.downsamplers.0.conv" for i in range(3)],
         *[f"up_blocks.{i}.upsamplers.0.conv" for i in range(3)],
         *[f"mid_block.attentions.0.transformer_blocks.0.{end}" for end in UNET_ATTENTION],
@@ -26,8 +30,11 @@ PUBLISHED = {
         *[f"mid_block.attentions.0.transformer_blocks.{k}.{end}" for k in range(10) for end in UNET_ATTENTION],
     ],
     "flux": [
-        *[f"transformer_blocks.{i}.attn.{end}" for i in range(19)
-          for end in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")],
+        *[
+            f"transformer_blocks.{i}.attn.{end}"
+            for i in range(19)
+            for end in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        ],
         *[f"single_transformer_blocks.{i}.attn.{end}" for i in range(38) for end in ("to_q", "to_k", "to_v")],
     ],
 }
@@ -88,11 +95,14 @@ def test_no_host_class_stands_in_two_rows():
     assert all(hasattr(adapters.comfy.supported_models, config) for config in configs)
 
 
-@pytest.mark.parametrize("module, kind", [
-    ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k", "cross-attention"),
-    ("diffusion_model.input_blocks.1.0.emb_layers.1", "residual"),
-    ("diffusion_model.time_embed.0", "other"),
-])
+@pytest.mark.parametrize(
+    "module, kind",
+    [
+        ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k", "cross-attention"),
+        ("diffusion_model.input_blocks.1.0.emb_layers.1", "residual"),
+        ("diffusion_model.time_embed.0", "other"),
+    ],
+)
 def test_layers_are_told_apart(module, kind):
     assert layer_kind(FAMILIES[0], module) == kind
 

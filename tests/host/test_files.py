@@ -30,13 +30,16 @@ def test_names_have_forward_slashes(loras):
     assert sorted(files.names("loras")) == ["people/Smile.safetensors", "people/age.safetensors", "size.safetensors"]
 
 
-@pytest.mark.parametrize("name, offered", [
-    ("age.safetensors", "people/age.safetensors"),
-    ("old folder/age.safetensors", "people/age.safetensors"),
-    ("people/smile.safetensors", "people/Smile.safetensors"),
-    ("people/agee.safetensors", "people/age.safetensors"),
-    ("C:\\LORAS\\size.safetensors", "size.safetensors"),
-])
+@pytest.mark.parametrize(
+    "name, offered",
+    [
+        ("age.safetensors", "people/age.safetensors"),
+        ("old folder/age.safetensors", "people/age.safetensors"),
+        ("people/smile.safetensors", "people/Smile.safetensors"),
+        ("people/agee.safetensors", "people/age.safetensors"),
+        ("C:\\LORAS\\size.safetensors", "size.safetensors"),
+    ],
+)
 def test_near_matches_are_offered(loras, name, offered):
     with pytest.raises(files.MissingFile) as error:
         files.resolve("loras", name)
@@ -50,9 +53,17 @@ def test_nothing_is_offered_where_nothing_is_near(loras):
     assert "Did you mean" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [
-    "../secret.safetensors", "people/../../secret.safetensors", "/etc/passwd", "..\\secret.safetensors", "", ".",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "people/../../secret.safetensors",
+        "/etc/passwd",
+        "..\\secret.safetensors",
+        "",
+        ".",
+    ],
+)
 def test_no_way_out_of_the_folders(loras, name):
     with pytest.raises(files.MissingFile):
         files.resolve("loras", name)

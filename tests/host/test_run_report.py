@@ -131,14 +131,17 @@ class TestWhatItSays:
         assert "at 0.8: acted in 4" in report(samples)
 
 
-@pytest.mark.parametrize("schedule, sigmas, steps", [
-    ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 1.0], 3),
-    ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 5.0, 1.0, 1.0], 3),
-    ([9.0, 5.0, 1.0, 0.0], [9.5, 7.0, 6.0], 1),
-    ([9.0, 5.0, 1.0, 0.0], [], 0),
-    ([1.0, 5.0, 9.0], [1.0, 5.0], 2),
-    ([9.0, 9.0, 5.0, 0.0], [9.0, 5.0], 2),
-])
+@pytest.mark.parametrize(
+    "schedule, sigmas, steps",
+    [
+        ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 1.0], 3),
+        ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 5.0, 1.0, 1.0], 3),
+        ([9.0, 5.0, 1.0, 0.0], [9.5, 7.0, 6.0], 1),
+        ([9.0, 5.0, 1.0, 0.0], [], 0),
+        ([1.0, 5.0, 9.0], [1.0, 5.0], 2),
+        ([9.0, 9.0, 5.0, 0.0], [9.0, 5.0], 2),
+    ],
+)
 def test_steps_are_counted_once(schedule, sigmas, steps):
     (effect,) = make_record(schedule, sigmas, [("a", sigmas)]).effects
     assert effect.steps == steps

@@ -61,7 +61,7 @@ def breaks(recorded: dict, current: dict) -> list[str]:
                 faults.append(f"{kind} {position} was {old}, is {new}")
     faults += [
         f"the new input {added['name']!r} is neither optional nor has a default"
-        for added in current["inputs"][len(recorded["inputs"]):]
+        for added in current["inputs"][len(recorded["inputs"]) :]
         if not added["optional"] and added["default"] is None
     ]
     return faults
@@ -146,8 +146,14 @@ def test_node_has_a_help_page_that_covers_its_inputs(schema):
 
 def test_help_lists_the_words_that_the_lab_knows():
     page = (ROOT / "web" / "docs" / "ConceptNodes_LabLoader.md").read_text(encoding="utf-8")
-    tables = (captions.SHAPE_WORDS, captions.COLOUR_WORDS, captions.FILL_WORDS, captions.SIZE_WORDS, captions.BACKGROUND_WORDS,
-              captions.STYLE_WORDS)
+    tables = (
+        captions.SHAPE_WORDS,
+        captions.COLOUR_WORDS,
+        captions.FILL_WORDS,
+        captions.SIZE_WORDS,
+        captions.BACKGROUND_WORDS,
+        captions.STYLE_WORDS,
+    )
     assert [words.plain for table in tables for words in table.values() if words.plain not in page] == []
 
 

@@ -84,13 +84,16 @@ class TestValidation:
         ranges = {item.id: (item.min, item.max) for item in Slider.define_schema().inputs if hasattr(item, "min")}
         assert ranges == {"strength": (-10.0, 10.0), "start_percent": (0.0, 1.0), "end_percent": (0.0, 1.0)}
 
-    @pytest.mark.parametrize("settings, told", [
-        ({"strength": float("nan")}, "strength is nan"),
-        ({"strength": float("-inf")}, "strength is -inf"),
-        ({"start": float("nan")}, "start_percent is nan"),
-        ({"end": 2.0}, "end_percent is 2"),
-        ({"start": 0.8, "end": 0.2}, "start_percent 0.8 lies after end_percent 0.2"),
-    ])
+    @pytest.mark.parametrize(
+        "settings, told",
+        [
+            ({"strength": float("nan")}, "strength is nan"),
+            ({"strength": float("-inf")}, "strength is -inf"),
+            ({"start": float("nan")}, "start_percent is nan"),
+            ({"end": 2.0}, "end_percent is 2"),
+            ({"start": 0.8, "end": 0.2}, "start_percent 0.8 lies after end_percent 0.2"),
+        ],
+    )
     def test_numbers_are_checked_when_run(self, plain, file, settings, told):
         """The host lets NaN and linked values pass."""
         with pytest.raises(ValueError, match=told):
@@ -103,10 +106,13 @@ class TestValidation:
 
 
 class TestReport:
-    @pytest.mark.parametrize("settings, reason", [
-        ({"strength": 0.0}, "strength is 0"),
-        ({"start": 0.5, "end": 0.5}, "no step lies between"),
-    ])
+    @pytest.mark.parametrize(
+        "settings, reason",
+        [
+            ({"strength": 0.0}, "strength is 0"),
+            ({"start": 0.5, "end": 0.5}, "no step lies between"),
+        ],
+    )
     def test_reasons_for_doing_nothing(self, plain, file, settings, reason):
         model, report = run(plain, file, **settings).result
         assert model is plain

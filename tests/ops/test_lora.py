@@ -37,13 +37,16 @@ def whole(adapter, shape):
     """The adapter's delta laid into a whole weight of zeros."""
     weight = torch.zeros(shape)
     first, count = adapter.rows or (0, shape[0])
-    weight[first:first + count] = delta_weight(adapter)
+    weight[first : first + count] = delta_weight(adapter)
     return weight
 
 
 @given(
-    out=st.integers(1, 8), inputs=st.integers(1, 8), ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    lead=st.lists(st.integers(1, 3), min_size=1, max_size=3), seed=st.integers(0, 10**6),
+    out=st.integers(1, 8),
+    inputs=st.integers(1, 8),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    lead=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
 )
 @settings(max_examples=60, deadline=None)
 def test_equals_the_merged_weight(out, inputs, ranks, lead, seed):
@@ -56,14 +59,17 @@ def test_equals_the_merged_weight(out, inputs, ranks, lead, seed):
     torch.testing.assert_close(y, F.linear(x, merged), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel, options", [
-    ((1, 1), {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}),
-    ((3, 3), CONVOLUTION),
-    ((3, 3), {"stride": (1, 1), "padding": (2, 2), "dilation": (2, 2)}),
-    ((3, 3), {"stride": (1, 1), "padding": "same", "dilation": (1, 1)}),
-    ((3,), {"stride": (2,), "padding": (1,), "dilation": (1,)}),
-    ((3, 1, 1), {"stride": (1, 1, 1), "padding": (1, 0, 0), "dilation": (1, 1, 1)}),
-])
+@pytest.mark.parametrize(
+    "kernel, options",
+    [
+        ((1, 1), {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}),
+        ((3, 3), CONVOLUTION),
+        ((3, 3), {"stride": (1, 1), "padding": (2, 2), "dilation": (2, 2)}),
+        ((3, 3), {"stride": (1, 1), "padding": "same", "dilation": (1, 1)}),
+        ((3,), {"stride": (2,), "padding": (1,), "dilation": (1,)}),
+        ((3, 1, 1), {"stride": (1, 1, 1), "padding": (1, 0, 0), "dilation": (1, 1, 1)}),
+    ],
+)
 def test_convolution_equals_the_merged_weight(kernel, options):
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
     adapters = [factors(6, 5, rank, scale=0.7, seed=rank, kernel=kernel) for rank in (2, 4)]
@@ -134,7 +140,7 @@ def test_norm_of_many_grows_as_their_alignment_says():
     """k orthonormal deltas add up to norm sqrt(k), k equal ones to k."""
     count, size = 5, 8
     axes = torch.eye(size)
-    apart = [Factors(axes[i:i + 1], axes[:, i:i + 1]) for i in range(count)]
+    apart = [Factors(axes[i : i + 1], axes[:, i : i + 1]) for i in range(count)]
     same = [apart[0]] * count
     norms = [added(stack(*adapters), axes, size).norm().item() for adapters in (apart, same)]
     assert norms == pytest.approx([count**0.5, count])

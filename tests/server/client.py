@@ -1,4 +1,5 @@
 """What a headless user does with a running host: queue a graph, follow it over the websocket, fetch texts and pictures."""
+
 import json
 import time
 import urllib.error

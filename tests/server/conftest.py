@@ -1,4 +1,5 @@
 """One real ComfyUI for the whole tier; its log is added to the report of a test that fails."""
+
 import pytest
 
 from client import Client

@@ -1,4 +1,5 @@
 """Small edits of graphs in API form."""
+
 import copy
 import json
 from pathlib import Path

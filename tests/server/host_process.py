@@ -1,4 +1,5 @@
 """A real ComfyUI, started for tests in a folder of its own with this pack linked in as a user would have it."""
+
 import os
 import socket
 import subprocess
@@ -61,10 +62,21 @@ class HostProcess:
 
     def _command(self) -> list[str]:
         return [
-            sys.executable, str(comfyui_path() / "main.py"), *(["--cpu"] if self.device == "cpu" else []),
-            "--base-directory", str(self.base), "--port", str(self.port), "--listen", "127.0.0.1",
-            "--database-url", "sqlite:///:memory:", "--disable-api-nodes",
-            "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME,
+            sys.executable,
+            str(comfyui_path() / "main.py"),
+            *(["--cpu"] if self.device == "cpu" else []),
+            "--base-directory",
+            str(self.base),
+            "--port",
+            str(self.port),
+            "--listen",
+            "127.0.0.1",
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-api-nodes",
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            PACK_NAME,
         ]
 
 

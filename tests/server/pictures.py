@@ -1,4 +1,5 @@
 """PNG bytes to pixels; the metadata that the host writes into a file names the graph, so files are never compared."""
+
 import io
 
 import numpy as np

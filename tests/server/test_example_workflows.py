@@ -1,4 +1,5 @@
 """The shipped workflows: the form for the browser and the form for /prompt are one graph, made of nodes that exist."""
+
 import json
 
 import pytest

@@ -1,4 +1,5 @@
 """A wrong graph is answered with what to do, and the next prompt runs."""
+
 import json
 import shutil
 import struct
@@ -19,8 +20,10 @@ SLIDER = "ConceptNodes_Slider"
 @pytest.fixture(scope="module")
 def files(host):
     """LoRA files that a user may have: of another family, broken, and one in a folder of its own."""
-    flux = {f"lora_unet_double_blocks_0_img_attn_proj.lora_{side}.weight": np.zeros(shape, np.float32)
-            for side, shape in (("down", (4, 3072)), ("up", (3072, 4)))}
+    flux = {
+        f"lora_unet_double_blocks_0_img_attn_proj.lora_{side}.weight": np.zeros(shape, np.float32)
+        for side, shape in (("down", (4, 3072)), ("up", (3072, 4)))
+    }
     save_file(flux, host.loras / "other_family.safetensors")
     (host.loras / "broken.safetensors").write_bytes(b"this was a web page, not a model")
     header = json.dumps({"a.lora_up.weight": {"dtype": "F32", "shape": [64, 64], "data_offsets": [0, 16384]}}).encode()

@@ -80,7 +80,11 @@ def test_the_demo_leaves_its_pictures_and_nothing_else(users_own, home, tmp_path
     assert process.wait(SECONDS) == 0, log.read_text()
     made = tmp_path / "demo_output"
     labels = ("base", "-2", "-1", "+0", "+1", "+2")
-    assert {path.name for path in made.iterdir()} == {*(f"demo_{label}_0.png" for label in labels), "contact_sheet.png", "demo.json"}
+    assert {path.name for path in made.iterdir()} == {
+        *(f"demo_{label}_{row}.png" for label in labels for row in range(3)),
+        "contact_sheet.png",
+        "demo.json",
+    }
     drawn = {label: pixels((made / f"demo_{label}_0.png").read_bytes()) for label in labels}
     assert np.array_equal(drawn["base"], drawn["+0"])
     assert len({picture.tobytes() for picture in drawn.values()}) == 5

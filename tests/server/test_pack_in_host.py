@@ -1,4 +1,5 @@
 """The pack as the host presents it: loaded without a warning, listed, helped, offered with its templates."""
+
 import re
 
 import pytest
@@ -15,8 +16,11 @@ HOST_ADVICE = "******"
 
 
 def test_pack_loads_without_a_warning(host):
-    complaints = [line for line in host.log.split("To see the GUI")[0].splitlines()
-                  if re.search(r"\[(WARNING|ERROR|CRITICAL)\]|Traceback|Warning:|IMPORT FAILED", line) and HOST_ADVICE not in line]
+    complaints = [
+        line
+        for line in host.log.split("To see the GUI")[0].splitlines()
+        if re.search(r"\[(WARNING|ERROR|CRITICAL)\]|Traceback|Warning:|IMPORT FAILED", line) and HOST_ADVICE not in line
+    ]
     assert complaints == []
 
 

@@ -1,5 +1,5 @@
 """The example from queue to picture, and what its strength does to the picture."""
-import statistics
+
 import time
 
 import numpy as np
@@ -71,13 +71,12 @@ def test_two_prompts_queued_at_once_both_end_with_their_own_picture(client, grap
     assert dark.mean() < light.mean()
 
 
-def test_a_picture_takes_no_longer_than_promised(client, graph, record_property):
+def test_a_picture_takes_no_longer_than_promised(client, graph):
     client.run(graph)
     seconds = []
     for seed in range(100, 107):
         start = time.monotonic()
         assert client.run(changed(graph, "KSampler", seed=seed)).end == "execution_success"
         seconds.append(time.monotonic() - start)
-    record_property("median_seconds", statistics.median(seconds))
     # The fastest of seven: what the pack needs, whatever else the machine does at the time.
     assert min(seconds) <= SECONDS_PER_PICTURE, f"seconds per picture: {[round(s, 2) for s in seconds]}"
