@@ -6,7 +6,6 @@ point, so that `ops` can be used with torch alone.
 
 import logging
 import os
-from pathlib import Path
 
 WEB_DIRECTORY = "./web"
 
@@ -16,12 +15,12 @@ log.setLevel(os.environ.get("CONCEPT_NODES_LOG", "INFO").upper())
 
 async def comfy_entrypoint():
     """Give the host the pack's nodes, and the lab's sliders as LoRA files under `concept_lab/`."""
-    import folder_paths
     from comfy_api.latest import ComfyExtension
 
+    from .host import lab
     from .nodes import NODES
 
-    folder_paths.add_model_folder_path("loras", str(Path(__file__).parent / "lab" / "loras"))
+    lab.show_loras()
 
     class ConceptNodes(ComfyExtension):
         async def get_node_list(self):

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "lab" / "weights"
+LORAS = WEIGHTS.parent / "loras"
 VOCABULARY = 49408
 ROW_SEED = 20261120
 
@@ -254,6 +255,13 @@ def load(name: str) -> LabModel:
     if name not in MODELS:
         raise LabError(unknown(name))
     return LabModel(load_model(name), load_clip(), load_vae())
+
+
+def show_loras() -> None:
+    """Let the host list the lab's own LoRA files, as `concept_lab/<name>.safetensors`."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path("loras", str(LORAS))
 
 
 def unknown(name: str) -> str:

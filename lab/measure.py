@@ -38,27 +38,27 @@ def ask(n: int, *, objects: int, size: int, seed: int, wording: Wording = COMPLE
 
 
 @torch.inference_mode()
-def draw(
+def draw_latents(
     lab,
     captions: list[str],
     *,
     size: int,
     seed: int,
+    model=None,
     steps: int = 20,
     cfg: float = 4.0,
     batch: int = 64,
     sampler: str = "euler",
     scheduler: str = "normal",
-    model=None,
 ) -> torch.Tensor:
-    """Pictures (N, H, W, 3) for captions through the host's sampler: picture i starts from noise of seed + i."""
+    """Latents (N, 4, size / 8, size / 8) for captions through the host's sampler: picture i starts from noise of seed + i."""
     import comfy.sample
 
     def encode(text):
         return lab.clip.encode_from_tokens(lab.clip.tokenize(text), return_pooled=True)
 
     empty, empty_pooled = encode("")
-    pictures = []
+    latents = []
     for at in range(0, len(captions), batch):
         encoded = [encode(text) for text in captions[at : at + batch]]
         positive = [[torch.cat([cond for cond, _ in encoded]), {"pooled_output": torch.cat([pooled for _, pooled in encoded])}]]
@@ -66,21 +66,18 @@ def draw(
         noise = torch.cat(
             [torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(seed + at + i)) for i in range(len(encoded))]
         )
-        latent = comfy.sample.sample(
-            model or lab.model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            scheduler,
-            positive,
-            negative,
-            torch.zeros_like(noise),
-            disable_pbar=True,
-            seed=seed,
+        nothing = torch.zeros_like(noise)
+        latents.append(
+            comfy.sample.sample(
+                model or lab.model, noise, steps, cfg, sampler, scheduler, positive, negative, nothing, disable_pbar=True, seed=seed
+            )
         )
-        pictures.append(lab.vae.decode(latent).cpu())
-    return torch.cat(pictures)
+    return torch.cat(latents)
+
+
+def draw(lab, captions: list[str], **settings) -> torch.Tensor:
+    """Pictures (N, H, W, 3) in 0..1 for captions; settings as for `draw_latents`."""
+    return torch.cat([lab.vae.decode(part).cpu() for part in draw_latents(lab, captions, **settings).split(64)])
 
 
 def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:

@@ -29,7 +29,6 @@ from .train_text import load_encoder, states
 
 log = logging.getLogger("concept_nodes.lab")
 
-LORAS = Path(__file__).resolve().parent / "loras" / "concept_lab"
 RANK, ALPHA = 4, 1.0
 
 
@@ -187,7 +186,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    output = options.output or LORAS / f"{options.name}.safetensors"
+    output = options.output or host_lab.LORAS / "concept_lab" / f"{options.name}.safetensors"
     train(
         options.name,
         options.folder,
