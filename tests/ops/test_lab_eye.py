@@ -1,0 +1,190 @@
+"""The eye reads true scenes rightly and knows spoilt pictures; scores follow from what it read. None of it needs the host."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from concept_nodes.lab import corruptions, measure
+from concept_nodes.lab.captions import PLAIN
+from concept_nodes.lab.eye import Eye, Reading, Seen
+from concept_nodes.lab.scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, SHAPES, STYLES, render, sample_scenes
+
+from pack import ROOT
+
+
+@pytest.fixture(scope="module")
+def eye():
+    return Eye.load()
+
+
+def sample(n=200, seed=6, size=64, **options):
+    return sample_scenes(n, height=size, width=size, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def read(eye, pictures):
+    return eye.read(pictures.movedim(1, -1))
+
+
+def nearest(reading: Reading, x: float, y: float) -> Seen | None:
+    return min(reading.objects, key=lambda seen: (seen.x - x) ** 2 + (seen.y - y) ** 2, default=None)
+
+
+def true_reading(scenes, i: int) -> Reading:
+    """What a faultless eye reads in scene i."""
+    objects = [
+        Seen(
+            KINDS[scenes.kind[i, k]],
+            COLOURS[scenes.colour[i, k]],
+            FILLS[scenes.fill[i, k]],
+            *(float(value[i, k]) for value in (scenes.diameter, scenes.x, scenes.y)),
+            sure=1.0,
+        )
+        for k in range(int(scenes.count[i]))
+    ]
+    return Reading(float(scenes.background[i]), STYLES[scenes.style[i]], 1.0, objects)
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        "size, options",
+        [
+            (64, {"counts": {1: 1.0, 2: 1.0}, "plain": True}),
+            (64, {"counts": {1: 1.0, 2: 1.0}}),
+            (128, {"counts": {6: 1.0}, "characters": 0.3}),
+        ],
+    )
+    def test_true_scenes(self, eye, size, options):
+        scenes = sample(200 if size == 64 else 40, size=size, **options)
+        right = {key: [] for key in ("kind", "colour", "fill", "x", "y", "diameter")}
+        readings = read(eye, render(scenes))
+        for i, reading in enumerate(readings):
+            for true in true_reading(scenes, i).objects:
+                seen = nearest(reading, true.x, true.y)
+                shape = true.kind in SHAPES
+                for key in ("kind", "colour", "fill"):
+                    if shape or key == "kind":
+                        right[key].append(seen is not None and getattr(seen, key) == getattr(true, key))
+                for key, tolerance in (("x", 1.0), ("y", 1.0), ("diameter", 2.5)):
+                    right[key].append(seen is not None and abs(getattr(seen, key) - getattr(true, key)) < tolerance)
+        shares = {key: sum(values) / len(values) for key, values in right.items()}
+        assert min(shares.values()) >= 0.96, shares
+        assert min(shares["kind"], shares["colour"]) >= 0.98, shares
+        rightly = [
+            (len(reading.objects) == int(scenes.count[i]))
+            + (reading.style == STYLES[scenes.style[i]])
+            + (reading.background_word() == BACKGROUNDS[scenes.background_word()[i]])
+            for i, reading in enumerate(readings)
+        ]
+        assert sum(rightly) / (3 * len(rightly)) >= 0.98
+
+    def test_background_lightness(self, eye):
+        scenes = sample(counts={1: 1.0}, plain=True, any_background=True)
+        told = torch.tensor([reading.background for reading in read(eye, render(scenes))])
+        assert (told - scenes.background).abs().max() < 0.06
+
+    def test_surest_first_and_nothing_without_objects(self, eye):
+        for reading in read(eye, render(sample(40, counts={2: 1.0}))):
+            assert [seen.sure for seen in reading.objects] == sorted((seen.sure for seen in reading.objects), reverse=True)
+        assert all(reading.objects == [] for reading in read(eye, render(sample(20, counts={0: 1.0}))))
+
+    def test_batching_changes_nothing(self, eye):
+        pictures = render(sample(10)).movedim(1, -1)
+        assert [reading.objects[0].kind for reading in eye.read(pictures)] == [r.objects[0].kind for r in eye.read(pictures, batch=3)]
+
+
+class TestValidity:
+    @pytest.fixture(scope="class")
+    def scenes(self):
+        return sample(counts={1: 1.0, 2: 1.0})
+
+    def test_true_scenes_are_valid(self, eye, scenes):
+        assert share(valid(eye, render(scenes)) > 0.5) >= 0.98
+
+    @pytest.mark.parametrize("kind", corruptions.TAUGHT)
+    def test_taught_corruptions_are_not(self, eye, scenes, kind):
+        torch.manual_seed(0)
+        spoilt = corruptions.TAUGHT[kind](render(scenes))
+        assert spoilt.shape == (200, 3, 64, 64)
+        assert share(valid(eye, spoilt) < 0.5) >= 0.85
+
+    def test_unseen_corruptions_are_told_apart_on_average(self, eye, scenes):
+        torch.manual_seed(0)
+        spoilt = torch.cat([valid(eye, corrupt(render(scenes))) for corrupt in corruptions.UNSEEN.values()])
+        true = valid(eye, render(scenes))
+        assert true.mean() - spoilt.mean() > 0.4
+        ranked = (true[:, None] > spoilt[None]).float().mean()
+        assert ranked > 0.85, "chance that a true scene is judged above a spoilt one"
+
+
+def valid(eye, pictures) -> torch.Tensor:
+    return torch.tensor([reading.valid for reading in read(eye, pictures)])
+
+
+def share(flags: torch.Tensor) -> float:
+    return float(flags.float().mean())
+
+
+class TestScore:
+    @pytest.fixture(scope="class")
+    def asked(self):
+        return measure.ask(50, objects=2, size=128, seed=3)
+
+    def test_asked_scenes_have_words_for_all_of_it(self, asked):
+        scenes = asked.scenes
+        assert len(asked) == len(scenes) == 50
+        assert (scenes.count == 2).all()
+        assert ((scenes.column() >= 0) & (scenes.row() >= 0))[scenes.present()].all()
+        assert list(measure.ask(50, objects=2, size=128, seed=3)) == list(asked)
+        assert list(measure.ask(50, objects=2, size=128, seed=3, wording=PLAIN)) != list(asked)
+
+    def test_true_readings_score_one(self, asked):
+        figures = measure.score(asked, [true_reading(asked.scenes, i) for i in range(50)])
+        assert figures == dict.fromkeys(figures, 1.0)
+        assert {"bind", "colours", "shapes", "count", "place", "size", "fill", "background", "style", "valid"} <= set(figures)
+
+    @pytest.mark.parametrize(
+        "change, falls",
+        [
+            ({"colour": "none"}, {"bind", "colours", "place", "size", "fill"}),
+            ({"kind": "none"}, {"bind", "shapes", "place", "size", "fill"}),
+            ({"fill": "none"}, {"fill"}),
+            ({"diameter": 99.0}, {"size"}),
+        ],
+    )
+    def test_one_wrong_attribute_lowers_its_scores(self, asked, change, falls):
+        readings = [true_reading(asked.scenes, i) for i in range(50)]
+        changed = next(reading.objects[1] for reading in readings if reading.objects[1].diameter < 24)
+        for name, value in change.items():
+            setattr(changed, name, value)
+        figures = measure.score(asked, readings)
+        assert {key for key, value in figures.items() if value < 1} == falls
+
+    def test_swapped_colours_are_a_binding_error_only(self, asked):
+        readings = [true_reading(asked.scenes, i) for i in range(50)]
+        mixed = next(r for r in readings if len({(o.kind) for o in r.objects}) == len({(o.colour) for o in r.objects}) == 2)
+        first, second = mixed.objects
+        first.colour, second.colour = second.colour, first.colour
+        figures = measure.score(asked, readings)
+        assert figures["bind"] == 1 - 1 / 50
+        assert figures["colours"] == figures["shapes"] == figures["count"] == 1.0
+
+    def test_cells_tile_the_canvas(self):
+        names = {measure.cell_of(x / 10 + 0.05, y / 10 + 0.05) for x in range(10) for y in range(10)}
+        assert names == {(column, row) for column in CELLS[0] for row in CELLS[1]}
+        assert [measure.size_word(d) for d in (0.0, 17.0, 22.0, 27.0, 99.0)] == [0, 0, 1, 2, 2]
+
+
+def test_the_lab_is_read_without_the_host():
+    """Scenes, captions, eye and measure import no ComfyUI, so that they serve where there is none."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); import pack; pack.load_pack()\n"
+        "from concept_nodes.lab import captions, corruptions, eye, measure, pools, scenes\n"
+        "eye.Eye.load()\n"
+        "print([name for name in sys.modules if name.split('.')[0] in ('comfy', 'comfy_api', 'folder_paths', 'transformers')])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("COMFYUI_PATH", "PYTHONPATH")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
