@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,16 @@ class Figure(NamedTuple):
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
 
 
+class Claim(NamedTuple):
+    """What a figure must be: its value at least `low` and at most `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def met(self, figure: Figure) -> bool:
+        return self.low <= figure.value <= self.high
+
+
 def mean(values: Sequence[float] | torch.Tensor, *, resamples: int = 2000) -> Figure:
     """The mean with a bootstrap interval (2.5 % to 97.5 %), from a fixed random stream."""
     data = torch.as_tensor(values, dtype=torch.float64)
@@ -35,6 +47,15 @@ def mean(values: Sequence[float] | torch.Tensor, *, resamples: int = 2000) -> Fi
     means = data[draws].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Figure(float(data.mean()), low, high, len(data))
+
+
+def share(hits: Sequence[bool] | torch.Tensor) -> Figure:
+    """The share of cases that hold, with Wilson's interval, which keeps a width where all of them or none do."""
+    n = len(hits)
+    p, z = float(torch.as_tensor(hits, dtype=torch.float64).mean()), 1.959964
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Figure(p, min(p, middle - half), max(p, middle + half), n)
 
 
 def machine() -> str:
@@ -66,25 +87,39 @@ def write(name: str, seconds: float, figures: dict[str, Figure], arms: list[dict
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for key, figure in figures.items():
-        print(f"{key:>24}  {figure}")
+        print(f"{key:>32}  {figure}")
     print(f"Wrote {path}")
     return path
 
 
 def check(name: str, measured: dict[str, Figure]) -> int:
-    """Compare a smaller re-run with the committed result: a committed value outside the new interval fails."""
+    """Compare a smaller re-run with the committed result: a committed value outside the new interval fails.
+
+    The new intervals are widened, as if they were normal, until all of them together hold true figures 95 times in 100.
+    """
     committed = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+    wider = NormalDist().inv_cdf(1 - 0.025 / len(measured)) / NormalDist().inv_cdf(0.975)
     failed = 0
     for key, figure in measured.items():
         value = committed[key]["value"]
-        inside = figure.low <= value <= figure.high
+        low, high = (figure.value + wider * (bound - figure.value) for bound in (figure.low, figure.high))
+        inside = low <= value <= high
         failed += not inside
-        print(f"{key:>24}  committed {value:.4g}, now {figure}: {'holds' if inside else 'DOES NOT HOLD'}")
+        print(f"{key:>32}  committed {value:.4g}, now {figure}: {'holds' if inside else 'DOES NOT HOLD'}")
     return 1 if failed else 0
 
 
-def run(name: str, argv: list[str], measure: Callable[[bool], tuple[dict[str, Figure], list[dict]]]) -> int:
-    """A benchmark's command line: measure in full and write, or with --check a sample and compare."""
+def judge(figures: dict[str, Figure], claims: dict[str, Claim]) -> int:
+    """Print which claims the figures meet; 1 if any is not met."""
+    missed = [key for key, claim in claims.items() if not claim.met(figures[key])]
+    print(f"{len(claims) - len(missed)} of {len(claims)} claims met." + "".join(f"\nNOT MET: {key} {figures[key]}" for key in missed))
+    return 1 if missed else 0
+
+
+def run(
+    name: str, argv: list[str], measure: Callable[[bool], tuple[dict[str, Figure], list[dict]]], claims: dict[str, Claim] | None = None
+) -> int:
+    """A benchmark's command line: measure in full, write, and judge the claims; or with --check measure a sample and compare."""
     parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
@@ -93,4 +128,4 @@ def run(name: str, argv: list[str], measure: Callable[[bool], tuple[dict[str, Fi
     if options.check:
         return check(name, figures)
     write(name, time.monotonic() - began, figures, arms)
-    return 0
+    return judge(figures, claims or {})

@@ -206,7 +206,7 @@ def load_model(name: str, weights: str | None = None, disable_dynamic: bool = Fa
     return patcher
 
 
-def load_clip(weights: str | None = None):
+def load_clip(weights: str | None = None, disable_dynamic: bool = False):
     """CLIP: the host's SD1 CLIP class with the lab's text encoder in it."""
     import comfy.model_management
     import comfy.sd
@@ -225,13 +225,14 @@ def load_clip(weights: str | None = None):
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         state_dict=tensors,
         model_options={"clip_l_model_config": dict(TEXT_CONFIG)},
+        disable_dynamic=disable_dynamic,
     )
     clip.patcher.cached_patcher_init = (_clip_patcher, (weights,))
     return clip
 
 
 def _clip_patcher(weights: str | None = None, disable_dynamic: bool = False):
-    return load_clip(weights).patcher
+    return load_clip(weights, disable_dynamic).patcher
 
 
 def load_vae(weights: str | None = None):

@@ -1,4 +1,7 @@
-"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, unet, dit; then measure."""
+"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, unet, dit; then slider NAME, and measure.
+
+A stage reads what earlier ones left in its folder and writes there; the weights that ship are replaced only by copying them over.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,20 @@ from pathlib import Path
 
 from ..host.lab import WEIGHTS
 
+RUNS = Path(__file__).resolve().parent / "runs"
 STAGES = ("pools", "vae", "text", "eye", "unet", "dit", "measure")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py lab", description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--folder", type=Path, default=WEIGHTS, help="where pools, states and weights are kept")
+    if argv[:1] == ["slider"]:
+        from .train_slider import main as slider
+
+        return slider(argv[1:])
+    parser = argparse.ArgumentParser(prog="run.py lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "slider"), help="what to do; `slider --help` has options of its own")
+    parser.add_argument(
+        "--folder", type=Path, help="where pools, states and weights are kept (default: lab/runs; measure: the shipped weights)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=60, help="length of this leg; run again to go on")
@@ -24,6 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--total", type=int, default=200_000, help="scenes in the pools")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)
+    options.folder = options.folder or (WEIGHTS if options.stage == "measure" else RUNS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if options.stage == "pools":
         from .pools import make_pools

@@ -7,6 +7,7 @@ noisy or blank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,13 @@ class Reading:
         from .scenes import BACKGROUND_RANGES
 
         return BACKGROUNDS[min(range(len(BACKGROUNDS)), key=lambda i: abs(sum(BACKGROUND_RANGES[i]) / 2 - self.background))]
+
+
+def attribute(slider: str, reading: Reading) -> float:
+    """What a lab slider is meant to move: the background's lightness, or the diameter of the surest object (NaN where none is seen)."""
+    if slider == "background":
+        return reading.background
+    return reading.objects[0].diameter if reading.objects else math.nan
 
 
 class _Block(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ def draw_latents(
     captions: list[str],
     *,
     size: int,
-    seed: int,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
     model=None,
     steps: int = 20,
     cfg: float = 4.0,
@@ -51,21 +53,21 @@ def draw_latents(
     sampler: str = "euler",
     scheduler: str = "normal",
 ) -> torch.Tensor:
-    """Latents (N, 4, size / 8, size / 8) for captions through the host's sampler: picture i starts from noise of seed + i."""
+    """Latents (N, 4, size / 8, size / 8) for captions through the host's sampler: picture i starts from noise of seeds[i], or seed + i."""
     import comfy.sample
 
     def encode(text):
         return lab.clip.encode_from_tokens(lab.clip.tokenize(text), return_pooled=True)
 
     empty, empty_pooled = encode("")
+    seeds = seeds if seeds is not None else range(seed, seed + len(captions))
+    noise_of_all = torch.cat([torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(number)) for number in seeds])
     latents = []
     for at in range(0, len(captions), batch):
         encoded = [encode(text) for text in captions[at : at + batch]]
         positive = [[torch.cat([cond for cond, _ in encoded]), {"pooled_output": torch.cat([pooled for _, pooled in encoded])}]]
         negative = [[empty, {"pooled_output": empty_pooled}]]
-        noise = torch.cat(
-            [torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(seed + at + i)) for i in range(len(encoded))]
-        )
+        noise = noise_of_all[at : at + batch]
         nothing = torch.zeros_like(noise)
         latents.append(
             comfy.sample.sample(

@@ -109,7 +109,7 @@ class Pool:
 
 
 def make_pools(total: int, folder: Path, *, seed: int = 1, workers: int = 2) -> None:
-    """Draw `total` captioned scenes over all canvas sizes into `folder`, in parallel processes (start before any CUDA work: they fork)."""
+    """Draw `total` captioned scenes over all canvas sizes into `folder`, in parallel processes where the system can fork."""
     fillers = filler_words(host_lab.tokenizer())
     chunk, tasks = 4000, []
     for bucket, (share, counts) in BUCKETS.items():
@@ -117,8 +117,11 @@ def make_pools(total: int, folder: Path, *, seed: int = 1, workers: int = 2) -> 
         while left > 0:
             tasks.append((bucket, min(chunk, left), counts, seed * 100_003 + len(tasks), fillers))
             left -= chunk
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        made = pool.map(_make, tasks, chunksize=1)
+    if workers > 1 and "fork" in multiprocessing.get_all_start_methods():
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            made = pool.map(_make, tasks, chunksize=1)
+    else:
+        made = [_make(task) for task in tasks]
     folder.mkdir(parents=True, exist_ok=True)
     for bucket in BUCKETS:
         parts = [part for part in made if part[0] == bucket]
@@ -152,7 +155,7 @@ class Bank:
 
     def __init__(self, device, generator, *, characters: float, any_background: bool = False, size: int | None = None, chunk: int = 2000):
         size = size or (60_000 if device == "cuda" else 6_000)
-        self.generator, self.device, self.parts = generator, device, []
+        self.device, self.parts = device, []
         for (height, width), (counts, share) in self.SHARES.items():
             left, scenes, pictures = size * share // 1000, [], []
             while left > 0:
@@ -176,5 +179,5 @@ class Bank:
         scenes, pictures = self.parts[self.turn % len(self.parts)]
         self.turn += 1
         m = max(1, n * 64 * 64 // (scenes.height * scenes.width))
-        rows = torch.randint(len(pictures), (m,), generator=self.generator).to(self.device)
+        rows = torch.randint(len(pictures), (m,)).to(self.device)
         return scenes[rows], pictures[rows].float() / 255

@@ -176,8 +176,8 @@ def write(adapters: dict[str, Adapter], path: Path, about: dict) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py lab slider", description="Train one of the lab's sliders.")
     parser.add_argument("name", choices=sorted(CONCEPTS))
-    parser.add_argument("--folder", type=Path, default=host_lab.WEIGHTS)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--folder", type=Path, default=host_lab.WEIGHTS, help="where the models lie (default: the shipped ones)")
+    parser.add_argument("--output", type=Path, help="file to write (default: lab/runs/NAME.safetensors)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--eta", type=float, default=1.0)
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=21)
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    output = options.output or host_lab.LORAS / "concept_lab" / f"{options.name}.safetensors"
+    output = options.output or Path(__file__).resolve().parent / "runs" / f"{options.name}.safetensors"
     train(
         options.name,
         options.folder,

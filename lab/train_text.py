@@ -152,12 +152,11 @@ def train(folder: Path, *, device: str, steps: int, minutes: float, finish: bool
     table = embeddings(module.encoder).weight
     table.register_hook(lambda grad: grad.masked_fill(frozen, 0))
     leg = Leg("text", module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, decay=0.0)
-    generator = torch.Generator(device).manual_seed(seed)
     sizes = torch.tensor([float(len(pool)) for pool in pools])
     while leg.running():
         pool = pools[int(torch.multinomial(sizes, 1))]
-        rows = torch.randint(len(pool), (batch,), generator=generator, device=device)
-        columns = torch.tensor([0, 1, 2, 2, 2], device=device)[torch.randint(5, (batch,), generator=generator, device=device)]
+        rows = torch.randint(len(pool), (batch,), device=device)
+        columns = torch.tensor([0, 1, 2, 2, 2], device=device)[torch.randint(5, (batch,), device=device)]
         scenes = pool.scenes[rows]
         layer = -2 if leg.step % 4 == 3 else -1
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):

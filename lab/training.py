@@ -57,6 +57,10 @@ class Leg:
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
+        # Without these a resumed leg would draw the same batches and noise again.
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())
         log.info("%s: resumed at step %d", self.name, self.step)
 
     def running(self) -> bool:
@@ -99,6 +103,8 @@ class Leg:
                     "averaged": self.averaged.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "step": self.step,
+                    "random": torch.get_rng_state(),
+                    "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                     "history": self.history,
                 },
                 self.state_file,

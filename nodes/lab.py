@@ -41,11 +41,12 @@ class LabLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model="unet"):
-        return True if model in lab.MODELS else lab.unknown(model)
+        # A linked input arrives as None; `execute` checks its value.
+        return True if model is None or model in lab.MODELS else lab.unknown(model)
 
     @classmethod
     def fingerprint_inputs(cls, model="unet"):
-        return lab.fingerprint(model)
+        return lab.fingerprint(model) if model in lab.MODELS else str(model)
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
