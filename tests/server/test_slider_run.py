@@ -1,8 +1,10 @@
 """The example from queue to picture, and what its strength does to the picture."""
 
+import statistics
 import time
 
 import numpy as np
+import pytest
 
 from graphs import changed, find, without
 from pictures import pixels
@@ -26,15 +28,27 @@ def test_example_runs_from_queue_to_picture(client, graph):
 def test_reports_are_in_history(client, graph):
     run = client.run(graph)
     report = run.text(find(graph, SLIDER))
-    assert "concept_lab/background.safetensors" in report
-    assert "2" in report
-    assert "20" in run.text(find(graph, REPORT)), "the run report does not say how many steps were taken"
+    assert "'concept_lab/background.safetensors' at strength 2, in all steps." in report
+    told = run.text(find(graph, REPORT))
+    assert told.startswith("20 steps, ")
+    assert "Slider 'concept_lab/background.safetensors' at 2: acted in 20 of 20 steps" in told
 
 
 def test_reports_are_in_the_history_of_a_cached_run_too(client, graph):
     first, again = client.run(graph), client.run(graph)
     assert again.history["outputs"].keys() >= {find(graph, SLIDER), find(graph, REPORT)}
     assert again.text(find(graph, SLIDER)) == first.text(find(graph, SLIDER))
+
+
+@pytest.mark.parametrize("class_type, name", [(SLIDER, "file"), ("ConceptNodes_LabLoader", "model")])
+def test_a_choice_may_come_from_another_node(client, graph, class_type, name):
+    """The host lets no STRING into a COMBO, but a switch, whose output is of any type, may hand on one."""
+    chosen = graph[find(graph, class_type)]["inputs"][name]
+    linked = changed(graph, class_type, **{name: ["switch", 0]}) | {
+        "text": {"class_type": "PrimitiveString", "inputs": {"value": chosen}},
+        "switch": {"class_type": "ComfySwitchNode", "inputs": {"switch": True, "on_false": ["text", 0], "on_true": ["text", 0]}},
+    }
+    assert np.array_equal(picture(client, linked), picture(client, graph))
 
 
 def test_strength_moves_the_background_both_ways(client, graph):
@@ -78,5 +92,4 @@ def test_a_picture_takes_no_longer_than_promised(client, graph):
         start = time.monotonic()
         assert client.run(changed(graph, "KSampler", seed=seed)).end == "execution_success"
         seconds.append(time.monotonic() - start)
-    # The fastest of seven: what the pack needs, whatever else the machine does at the time.
-    assert min(seconds) <= SECONDS_PER_PICTURE, f"seconds per picture: {[round(s, 2) for s in seconds]}"
+    assert statistics.median(seconds) <= SECONDS_PER_PICTURE, f"seconds per picture: {[round(s, 2) for s in seconds]}"
