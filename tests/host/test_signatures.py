@@ -18,16 +18,19 @@ from concept_nodes.nodes import NODES
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("signatures.json")
-IMPORT_SECONDS = 0.3
-# Imports the pack's root file by path, as the host does, and prints the seconds that took.
-TIMED_IMPORT = """
-import importlib.util, sys, time
+LOADING_SECONDS = 0.3
+# Prints the seconds that the pack takes to load and to give its nodes, in a process that has all of the host: argv is the pack's
+# setup/inside.py, the host's folder and one for what the host writes.
+TIMED_LOADING = """
+import asyncio, runpy, sys, time
+inside = runpy.run_path(sys.argv[1])
+inside["use_host"](*sys.argv[2:])
+import execution, nodes, server
 start = time.perf_counter()
-spec = importlib.util.spec_from_file_location("pack_under_test", sys.argv[1], submodule_search_locations=[sys.argv[2]])
-module = importlib.util.module_from_spec(spec)
-sys.modules["pack_under_test"] = module
-spec.loader.exec_module(module)
-print(time.perf_counter() - start)
+extension = asyncio.run(inside["load_pack"]().comfy_entrypoint())
+seconds = time.perf_counter() - start
+assert asyncio.run(extension.get_node_list())
+print(seconds)
 """
 
 SCHEMAS = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
@@ -161,7 +164,9 @@ def test_no_help_page_is_left_of_a_node_that_is_not():
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
 
 
-def test_pack_imports_fast():
-    command = [sys.executable, "-c", TIMED_IMPORT, str(ROOT / "__init__.py"), str(ROOT)]
-    seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
-    assert statistics.median(seconds) <= IMPORT_SECONDS, f"seconds: {seconds}"
+def test_pack_loads_fast(tmp_path):
+    command = [sys.executable, "-c", TIMED_LOADING, str(ROOT / "setup" / "inside.py"), os.environ["COMFYUI_PATH"], str(tmp_path)]
+    # From another folder than the pack's, whose `nodes` would hide the host's.
+    printed = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout for _ in range(5)]
+    seconds = [float(text.splitlines()[-1]) for text in printed]
+    assert statistics.median(seconds) <= LOADING_SECONDS, f"seconds: {seconds}"
