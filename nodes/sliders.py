@@ -77,9 +77,10 @@ class Slider(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file=NONE):
         # Only the file: the host repeats a message for every input named here, and drops its own checks of them. It checks the ranges of
-        # the numbers itself; what it lets through (NaN, a window that ends before it starts, linked values) is refused by execute.
+        # the numbers itself; what it lets through (NaN, a window that ends before it starts, linked values, which are None here) is
+        # refused by execute.
         try:
-            return file == NONE or bool(files.resolve("loras", file))
+            return file in (NONE, None) or bool(files.resolve("loras", file))
         except files.MissingFile as error:
             return str(error)
 

@@ -1,5 +1,6 @@
 """The Slider node: its inputs, its reasons for doing nothing, its report, and its place among the host's checks."""
 
+import asyncio
 import inspect
 
 import cases
@@ -31,6 +32,31 @@ def file(plain, tmp_path, monkeypatch):
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], extensions))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return "people/age.safetensors"
+
+
+class Source:
+    """Another pack's node that hands out a model and a file's name."""
+
+    RETURN_TYPES = ("MODEL", "COMBO")
+    FUNCTION = "run"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+
+class Sink:
+    """An output node, without which the host refuses a graph."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "run"
+    CATEGORY = "test"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {"forceInput": True})}}
 
 
 def run(model, file="none", strength=1.0, start=0.0, end=1.0, **options):
@@ -77,6 +103,23 @@ class TestValidation:
         assert Slider.validate_inputs(file="none") is True
         assert Slider.validate_inputs() is True
         assert "people/age.safetensors" in Slider.validate_inputs(file="people/aeg.safetensors")
+
+    def test_a_linked_file_is_left_to_the_run(self, monkeypatch):
+        """The host validates before anything has run, and gives None for what is linked."""
+        import execution
+
+        import nodes
+
+        for name, node in {"Source": Source, "Sink": Sink, "ConceptNodes_Slider": Slider}.items():
+            monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, name, node)
+        settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+        prompt = {
+            "1": {"class_type": "Source", "inputs": {}},
+            "2": {"class_type": "ConceptNodes_Slider", "inputs": {"model": ["1", 0], "file": ["1", 1]} | settings},
+            "3": {"class_type": "Sink", "inputs": {"text": ["2", 1]}},
+        }
+        valid, error, _, node_errors = asyncio.run(execution.validate_prompt("test", prompt, None))
+        assert (valid, error, node_errors) == (True, None, {})
 
     def test_ranges_are_left_to_the_host(self):
         """Naming an input in validate_inputs would switch its own range check off."""
@@ -156,7 +199,3 @@ def test_strength_sweeps_both_ways(plain, file):
     forward, back = (models.sample(run(plain, file, strength).result[0]) - base for strength in (0.02, -0.02))
     cosine = torch.nn.functional.cosine_similarity(forward.flatten(), back.flatten(), dim=0)
     assert cosine < -0.95
-
-
-def test_the_case_of_the_laws_is_this_node():
-    assert "ConceptNodes_Slider" in cases.EFFECTS
