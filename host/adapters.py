@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,16 +58,15 @@ class LowRank(NamedTuple):
 
 
 class AdapterEffect(Effect):
-    """A LoRA acting at one strength within a window."""
+    """A LoRA acting at one strength within a window, given in shares of sampling."""
 
-    def __init__(self, name: str, parts: Mapping[str, LowRank], strength: float, window: Window):
+    def __init__(self, name: str, parts: Mapping[str, LowRank], strength: float, start_percent: float = 0.0, end_percent: float = 1.0):
         super().__init__(name, parts)
-        self.amount, self.window = strength, window
+        self.strength, self.start_percent, self.end_percent = strength, start_percent, end_percent
 
-    def strength(self, call: Call) -> float:
-        if self.window == EVERYWHERE or self.window.holds(call.sigma):
-            return self.amount
-        return 0.0
+    def strengths(self, model_sampling) -> Callable[[Call], float]:
+        window = Window.of(model_sampling, self.start_percent, self.end_percent)
+        return lambda call: self.strength if window == EVERYWHERE or window.holds(call.sigma) else 0.0
 
 
 class Placement(NamedTuple):

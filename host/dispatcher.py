@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -79,8 +79,9 @@ class Effect:
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
 
-    def strength(self, call: Call) -> float:
-        """The strength in this call; 0.0 leaves the call exactly as it is without the effect."""
+    def strengths(self, model_sampling) -> Callable[[Call], float]:
+        """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
+        the effect's own may still change the model's schedule."""
         raise NotImplementedError
 
 
@@ -216,13 +217,14 @@ class Run:
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
+        self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.effects]
         self.calls: list[tuple[torch.Tensor, tuple[int, ...]]] = []
         self._key = self._strengths = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
 
     def layers(self, call: Call) -> list[Layer]:
         """The layers for one call: none when no effect acts in it."""
-        strengths = tuple(effect.strength(call) for effect in self.effects)
+        strengths = tuple(strength(call) for strength in self.strengths)
         active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
         self.calls.append((call.t.detach().flatten()[:1].float(), active))
         if not active:

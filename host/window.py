@@ -29,12 +29,5 @@ class Window(NamedTuple):
     def holds(self, sigma: float) -> bool:
         return self.end < sigma <= self.start
 
-    def describe(self) -> str:
-        if self == EVERYWHERE:
-            return "all noise levels"
-        if math.isinf(self.start):
-            return f"sigma > {self.end:.4g}"
-        return f"sigma <= {self.start:.4g}" if math.isinf(self.end) else f"{self.end:.4g} < sigma <= {self.start:.4g}"
-
 
 EVERYWHERE = Window()

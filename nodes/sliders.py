@@ -9,7 +9,6 @@ from comfy_api.latest import io, ui
 from ..host import adapters, files
 from ..host.dispatcher import attach
 from ..host.families import family_of
-from ..host.window import EVERYWHERE, Window
 
 NONE = "none"
 LIMIT = 10.0
@@ -100,10 +99,10 @@ class Slider(io.ComfyNode):
         label = file if lora is None else "the connected lora"
         state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
         placement = adapters.place(model, state, label)
-        window = Window.of(model.get_model_object("model_sampling"), start_percent, end_percent)
         model = model.clone()
-        attach(model, adapters.AdapterEffect(f"Slider '{label}' at {strength:g}", placement.parts, strength, window))
-        lines = [f"'{label}' at strength {strength:g}, {describe_window(window, start_percent, end_percent)}.", placement.report]
+        name = f"Slider '{label}' at {strength:g}"
+        attach(model, adapters.AdapterEffect(name, placement.parts, strength, start_percent, end_percent))
+        lines = [f"'{label}' at strength {strength:g}, {describe_window(start_percent, end_percent)}.", placement.report]
         usual = family_of(model.model).slider_start
         if start_percent == 0.0:
             lines.append(f"To keep more of the layout, start later: {usual:g} is usual for {family_of(model.model).name}.")
@@ -133,8 +132,8 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> st
     return None
 
 
-def describe_window(window: Window, start_percent: float, end_percent: float) -> str:
-    return "in all steps" if window == EVERYWHERE else f"in the window {start_percent:g} to {end_percent:g} ({window.describe()})"
+def describe_window(start_percent: float, end_percent: float) -> str:
+    return "in all steps" if (start_percent, end_percent) == (0.0, 1.0) else f"from {start_percent:g} to {end_percent:g} of sampling"
 
 
 def result(model, report: str) -> io.NodeOutput:

@@ -15,10 +15,11 @@ import sampling
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux
 from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
-from concept_nodes.host.window import EVERYWHERE, Window
+from concept_nodes.host.window import Window
 from concept_nodes.nodes.sliders import Slider
 from concept_nodes.ops.lora import Factors
 
@@ -283,17 +284,34 @@ class TestWindow:
         assert all(torch.equal(base, ours) for (_, base), (_, ours) in pairs[:first])
         assert not torch.equal(pairs[first][0][1], pairs[first][1][1])
 
+    @pytest.mark.parametrize(
+        "kind, reschedule",
+        [
+            ("flux", lambda model: ModelSamplingFlux().patch(model, 3.0, 3.0, 1024, 1024)[0]),
+            ("sd15", lambda model: ModelSamplingDiscrete().patch(model, "eps", True)[0]),
+        ],
+    )
+    def test_schedule_that_another_node_changes_afterwards(self, kind, reschedule):
+        """Shares of sampling are those of the schedule that the run has, wherever in the graph it was changed."""
+        model = models.build(kind)
+        before, after = cases.slide(reschedule(model), start=0.5), reschedule(cases.slide(model, start=0.5))
+        windows = [Window.of(patcher.get_model_object("model_sampling"), 0.5, 1.0) for patcher in (model, after)]
+        one, other = (models.sample(patcher, steps=self.STEPS) for patcher in (before, after))
+        assert windows[0] != windows[1]
+        assert torch.equal(one, other)
+        assert not torch.equal(one, models.sample(reschedule(model), steps=self.STEPS))
+
     def test_strength_that_changes_from_call_to_call(self, plain):
         """What a schedule of strengths will be: the same placed adapters, another number in each call."""
-        border = Window.of(plain.get_model_object("model_sampling"), 0.35, 1.0)
 
         class Scheduled(adapters.AdapterEffect):
-            def strength(self, call):
-                return -0.4 if border.holds(call.sigma) else 0.9
+            def strengths(self, model_sampling):
+                late = Window.of(model_sampling, 0.35, 1.0)
+                return lambda call: -0.4 if late.holds(call.sigma) else 0.9
 
         scheduled = plain.clone()
         parts = adapters.place(plain, models.lora(plain), "test").parts
-        dispatcher.attach(scheduled, Scheduled("test", parts, 1.0, EVERYWHERE))
+        dispatcher.attach(scheduled, Scheduled("test", parts, 1.0))
         pieces = cases.slide(cases.slide(plain, 0.9, end=0.35), -0.4, start=0.35)
         assert torch.equal(models.sample(scheduled, steps=self.STEPS), models.sample(pieces, steps=self.STEPS))
 
@@ -437,7 +455,7 @@ def test_setting_up_a_whole_unet_takes_a_tenth_of_a_second():
         if shape:
             parts[name] = adapters.LowRank((Factors(torch.zeros(4, *shape[1:]), torch.zeros(shape[0], 4)),))
     assert len(parts) > 250
-    dispatcher.attach(patcher, adapters.AdapterEffect("test", parts, 1.0, EVERYWHERE))
+    dispatcher.attach(patcher, adapters.AdapterEffect("test", parts, 1.0))
     seconds = []
     for _ in range(5):
         begun = time.perf_counter()

@@ -2,13 +2,14 @@
 
 import asyncio
 import inspect
+import math
 
-import cases
 import comfy.sd
 import models
 import pytest
 import safetensors.torch
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
 from concept_nodes.host import files
 from concept_nodes.host.adapters import AdapterError
@@ -171,27 +172,31 @@ class TestReport:
         for part in (file, "strength 1.5", "119 layers", "Stable Diffusion 1.5", "self-attention", "rank 2", "all steps", "0.2 is usual"):
             assert part in report
 
-    def test_window_in_sigmas(self, plain, file):
-        report = run(plain, file, start=0.2, end=0.8).result[1]
-        sigma = plain.get_model_object("model_sampling").percent_to_sigma(0.2)
-        assert f"sigma <= {sigma:.4g}" in report
+    def test_window_in_shares_of_sampling(self, plain, file):
+        assert "0.2 to 0.8 of sampling" in run(plain, file, start=0.2, end=0.8).result[1]
+        assert "in all steps" in run(plain, file).result[1]
 
     def test_report_is_shown_on_the_node(self, plain, file):
         output = run(plain, file)
         assert output.ui.as_dict() == {"text": (output.result[1],)}
 
 
-def test_percent_and_sigma_round_trip(plain):
-    """The window's borders are the noise levels at those shares of sampling, for discrete and for flow models."""
-    for model in (plain, models.build("flux")):
-        sampling = model.get_model_object("model_sampling")
-        for percent in (0.1, 0.5, 0.9):
-            border = Window.of(sampling, percent, 1.0).start
-            back = 1.0 - float(sampling.timestep(torch.tensor(border))) / (999.0 if model is plain else 1.0)
-            if model is plain:
-                assert back == pytest.approx(percent, abs=1e-3)
-            else:
-                assert border == pytest.approx(sampling.percent_to_sigma(percent))
+@pytest.mark.parametrize("percent", [0.1, 0.5, 0.9])
+class TestBordersOfTheWindow:
+    """They are the noise levels at those shares of the schedule, by formulas of our own."""
+
+    def test_discrete(self, plain, percent):
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - betas).cumprod(0)
+        levels = ((1 - kept) / kept).sqrt().log()
+        step = 999 * (1 - percent)
+        expected = torch.lerp(levels[int(step)], levels[int(step) + 1], step % 1).exp()
+        assert Window.of(plain.get_model_object("model_sampling"), percent, 1.0).start == pytest.approx(float(expected), rel=1e-5)
+
+    def test_flow_with_a_shift(self, percent):
+        shifted = ModelSamplingFlux().patch(models.build("flux"), 3.0, 3.0, 1024, 1024)[0]
+        expected = math.exp(3) / (math.exp(3) + percent / (1 - percent))
+        assert Window.of(shifted.get_model_object("model_sampling"), 0.0, percent).end == pytest.approx(expected)
 
 
 def test_strength_sweeps_both_ways(plain, file):
