@@ -9,6 +9,7 @@ import pytest
 from pack import load_pack, use_host
 
 BASE = pytest.StashKey[str]()
+load_pack()  # now, for the tiers' own conftest files: pytest imports those before it calls anything here
 
 
 def pytest_addoption(parser):
@@ -16,7 +17,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    load_pack()
     host = os.environ.get("COMFYUI_PATH")
     if host:
         config.stash[BASE] = tempfile.mkdtemp(prefix="concept-nodes-test-")

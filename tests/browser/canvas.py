@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from host_process import PACK_NAME
+from concept_nodes.setup.server import PACK
 
 READY = "() => window.app?.vueAppReady && window.app.isGraphReady && window.app.canvas"
 # The view is fitted to a new graph a moment after it is shown; until then nodes move under the mouse.
@@ -36,7 +36,7 @@ class Canvas:
 
     def open_template(self, name: str) -> None:
         """Open a template of this pack by the address that the gallery's links have."""
-        self.open(f"?template={name}&source={PACK_NAME}")
+        self.open(f"?template={name}&source={PACK}")
         # The frontend first shows the last workflow, then the template; it cleans the address when that is done.
         self.page.wait_for_function("() => !window.location.search.includes('template')", timeout=START_TIMEOUT_MS)
         self.page.wait_for_function(VIEW_AT_REST, polling=250)
@@ -132,5 +132,5 @@ class Canvas:
         where = message.location.get("url", "")
         if where.endswith("/en.md"):  # the frontend asks for a translated help page before the plain one
             return
-        if message.type == "error" and (PACK_NAME in message.text + where or "ConceptNodes" in message.text):
+        if message.type == "error" and (PACK in message.text + where or "ConceptNodes" in message.text):
             self.problems.append(f"console: {message.text} ({where})")

@@ -8,7 +8,7 @@ import pytest
 
 from canvas import Canvas
 from client import post_json
-from host_process import HostProcess
+from host_process import host, pytest_runtest_makereport  # noqa: F401
 
 REQUIRE = "CONCEPT_NODES_REQUIRE"
 SCREENSHOTS = "CONCEPT_NODES_SCREENSHOTS"
@@ -48,15 +48,8 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(scope="session")
-def host(chromium, tmp_path_factory, device):
-    process = HostProcess(tmp_path_factory.mktemp("host"), device).start()
-    yield process
-    process.stop()
-
-
 @pytest.fixture(params=["classic", "nodes2"])
-def canvas(request, chromium, host):
+def canvas(request, chromium, host):  # noqa: F811 - after chromium, so that no host is started where there is none
     """The frontend in a fresh browser profile, in the classic canvas and in Nodes 2.0."""
     post_json(
         f"{host.url}/settings",

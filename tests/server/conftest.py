@@ -4,24 +4,11 @@ import pytest
 
 from client import Client
 from graphs import example
-from host_process import HostProcess
-
-LOG_TAIL_CHARACTERS = 6000
-
-
-@pytest.fixture(scope="session")
-def host(tmp_path_factory, request):
-    process = HostProcess(tmp_path_factory.mktemp("host"), request.config.getoption("--device", default="cpu")).start()
-    request.config.stash[HOST] = process
-    yield process
-    process.stop()
-
-
-HOST = pytest.StashKey[HostProcess]()
+from host_process import host, pytest_runtest_makereport  # noqa: F401
 
 
 @pytest.fixture
-def client(host):
+def client(host):  # noqa: F811
     with Client(host.url) as client:
         yield client
 
@@ -30,11 +17,3 @@ def client(host):
 def graph():
     """The shipped slider example, API form."""
     return example("slider")
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    report = (yield).get_result()
-    process = item.config.stash.get(HOST, None)
-    if report.failed and process is not None:
-        report.sections.append((f"end of {process.log_path}", process.log[-LOG_TAIL_CHARACTERS:]))

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from client import PromptRefused
 from graphs import changed, find
-from host_process import PACK
+from pack import ROOT
 from pictures import pixels
 
 SHIPPED = "concept_lab/background.safetensors"
@@ -128,5 +128,5 @@ def test_file_placed_while_the_host_runs_is_found(client, graph, host):
     own = changed(graph, SLIDER, file="own/bright.safetensors")
     assert "own/bright.safetensors" in failure(client, own)
     (host.loras / "own").mkdir()
-    shutil.copy(PACK / "lab" / "loras" / SHIPPED, host.loras / "own" / "bright.safetensors")
+    shutil.copy(ROOT / "lab" / "loras" / SHIPPED, host.loras / "own" / "bright.safetensors")
     assert client.run(own).end == "execution_success"

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from concept_nodes.nodes import NODES
+from concept_nodes.setup.server import PACK
 
 from client import get, get_json
-from host_process import PACK_NAME
 
 NODE_IDS = [node.define_schema().node_id for node in NODES]
 SECONDS_TO_LOAD = 0.3
@@ -18,14 +18,14 @@ HOST_ADVICE = "******"
 def test_pack_loads_without_a_warning(host):
     complaints = [
         line
-        for line in host.log.split("To see the GUI")[0].splitlines()
+        for line in host.said.split("To see the GUI")[0].splitlines()
         if re.search(r"\[(WARNING|ERROR|CRITICAL)\]|Traceback|Warning:|IMPORT FAILED", line) and HOST_ADVICE not in line
     ]
     assert complaints == []
 
 
 def test_pack_loads_fast(host):
-    loaded = re.search(rf"([0-9.]+) seconds(.*): .*{PACK_NAME}", host.log)
+    loaded = re.search(rf"([0-9.]+) seconds(.*): .*{PACK}", host.said)
     assert loaded, "the host's list of import times does not name the pack"
     assert float(loaded[1]) <= SECONDS_TO_LOAD
 
@@ -34,7 +34,7 @@ def test_host_lists_our_nodes_and_keeps_its_own(client):
     listed = client.object_info()
     assert set(NODE_IDS) <= set(listed)
     assert {"KSampler", "LoraLoaderModelOnly", "VAEDecode"} <= set(listed)
-    ours = {node_id for node_id, info in listed.items() if info["python_module"].endswith(PACK_NAME)}
+    ours = {node_id for node_id, info in listed.items() if info["python_module"].endswith(PACK)}
     assert ours == set(NODE_IDS)
 
 
@@ -46,19 +46,19 @@ def test_stock_lora_loader_offers_the_shipped_slider(client):
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
 def test_help_page_is_served_where_the_frontend_looks(host, node_id):
-    page = get(f"{host.url}/extensions/{PACK_NAME}/docs/{node_id}.md").decode("utf-8")
+    page = get(f"{host.url}/extensions/{PACK}/docs/{node_id}.md").decode("utf-8")
     assert page.startswith("# ")
 
 
 def test_templates_are_the_ui_workflows_only(host):
-    offered = get_json(f"{host.url}/api/workflow_templates")[PACK_NAME]
+    offered = get_json(f"{host.url}/api/workflow_templates")[PACK]
     assert "slider" in offered
     for name in offered:
-        workflow = get_json(f"{host.url}/api/workflow_templates/{PACK_NAME}/{name}.json")
+        workflow = get_json(f"{host.url}/api/workflow_templates/{PACK}/{name}.json")
         assert {"nodes", "links", "version"} <= set(workflow), f"{name} is offered as a template but is no saved workflow"
-        assert get(f"{host.url}/api/workflow_templates/{PACK_NAME}/{name}.jpg")[:2] == b"\xff\xd8"
+        assert get(f"{host.url}/api/workflow_templates/{PACK}/{name}.jpg")[:2] == b"\xff\xd8"
 
 
 def test_browser_is_given_our_scripts_once(host):
-    ours = [path for path in get_json(f"{host.url}/extensions") if PACK_NAME in path]
-    assert ours == [f"/extensions/{PACK_NAME}/report.js"]
+    ours = [path for path in get_json(f"{host.url}/extensions") if PACK in path]
+    assert ours == [f"/extensions/{PACK}/report.js"]

@@ -1,4 +1,4 @@
-"""Draws the thumbnails of the example workflows by running them: `COMFYUI_PATH=... python tests/server/thumbnails.py`."""
+"""Draws the thumbnails of the example workflows by running them: `COMFYUI_PATH=... PYTHONPATH=tests python tests/server/thumbnails.py`."""
 
 import sys
 import tempfile
@@ -9,7 +9,7 @@ from PIL import Image
 
 from client import Client
 from graphs import WORKFLOWS, changed, example
-from host_process import HostProcess
+from pack import load_pack
 from pictures import pixels
 
 SIDE = 256
@@ -34,14 +34,12 @@ def picture(client: Client, graph: dict) -> np.ndarray:
 
 
 def main(names: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as base:
-        host = HostProcess(Path(base)).start()
-        try:
-            with Client(host.url) as client:
-                for name in names or VARIED:
-                    thumbnail(client, name).save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
-        finally:
-            host.stop()
+    load_pack()
+    from host_process import HostProcess
+
+    with tempfile.TemporaryDirectory() as base, HostProcess(Path(base)) as host, Client(host.url) as client:
+        for name in names or VARIED:
+            thumbnail(client, name).save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
 
 
 if __name__ == "__main__":
