@@ -4,13 +4,16 @@ ComfyUI imports this file at start-up. It stays light: everything that needs tor
 point, so that `ops` can be used with torch alone.
 """
 
+import contextlib
 import logging
 import os
 
 WEB_DIRECTORY = "./web"
 
 log = logging.getLogger("concept_nodes")
-log.setLevel(os.environ.get("CONCEPT_NODES_LOG", "INFO").upper())
+log.setLevel(logging.INFO)
+with contextlib.suppress(ValueError):  # no level of that name: a wish for more or fewer lines must not cost the nodes
+    log.setLevel(os.environ.get("CONCEPT_NODES_LOG", "INFO").upper())
 
 
 async def comfy_entrypoint():
