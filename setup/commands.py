@@ -136,8 +136,15 @@ def run_benchmark(options) -> int:
 
 
 def run_lab(options) -> int:
-    device = "cuda" if "cuda" in options.arguments else "cpu"
+    device = device_of_lab(options.arguments)
     return Ready().inside("concept_nodes.lab.__main__", *options.arguments, device=device)
+
+
+def device_of_lab(arguments: list[str]) -> str:
+    """What the lab will read from its --device, which the host must know before the lab is loaded."""
+    parser = argparse.ArgumentParser(prog="run.py lab", add_help=False)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_known_args(arguments)[0].device
 
 
 def list_families(options) -> int:

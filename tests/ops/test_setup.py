@@ -4,7 +4,9 @@ import ast
 import hashlib
 import io
 import json
+import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -411,6 +413,27 @@ def test_what_follows_two_dashes_goes_to_pytest():
 
 def test_everything_after_lab_goes_to_the_lab():
     assert commands.parse(["lab", "unet", "--steps", "5", "--help"]).arguments == ["unet", "--steps", "5", "--help"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "device"),
+    [
+        (["unet", "--device=cuda", "--steps", "5"], "cuda"),
+        (["slider", "size", "--device", "cuda:1"], "cuda:1"),
+        (["measure", "--folder", "cuda"], "cpu"),
+    ],
+)
+def test_the_lab_s_device_is_known_before_the_lab_is(arguments, device):
+    assert commands.device_of_lab(arguments) == device
+
+
+@pytest.mark.parametrize(("wished", "level"), [("verbose", logging.INFO), ("debug", logging.DEBUG)])
+def test_an_unknown_log_level_leaves_the_pack_at_info(monkeypatch, wished, level):
+    logger = logging.getLogger("concept_nodes")
+    monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setenv("CONCEPT_NODES_LOG", wished)
+    runpy.run_path(str(ROOT / "__init__.py"))
+    assert logger.level == level
 
 
 def test_a_report_adds_up(tmp_path):
