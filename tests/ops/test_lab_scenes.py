@@ -149,7 +149,7 @@ class TestDrawing:
         assert (masks.flatten(2).amax(-1)[scenes.present()] == 1).all()
 
     def test_silhouettes_hardly_meet(self):
-        _, masks = render(sample(300, (128, 128), counts={6: 1.0}, characters=0.3), masks=True)
+        _, masks = render(sample(150, (128, 128), counts={6: 1.0}, characters=0.3), masks=True)
         shared = (masks.sum(1) > 1.01).flatten(1).sum(1)
         assert shared.max() <= 4, "pixels that two objects share"
         assert (shared > 0).float().mean() < 0.02
