@@ -146,6 +146,7 @@ class Layer(Overlay):
     def __init__(self, module: torch.nn.Module, acts: tuple[Act, ...]):
         super().__init__(module)
         self.acts = acts
+        self.muted = False
 
     def remove(self) -> None:
         super().remove()
@@ -153,6 +154,8 @@ class Layer(Overlay):
 
     def replacement(self, *args, **kwargs):
         output = self.inner(*args, **kwargs)
+        if self.muted:
+            return output
         if not self.acts and not torch.compiler.is_compiling():
             Overlay.remove(self)
         for act in self.acts:
@@ -193,11 +196,12 @@ class Gate(Overlay):
 
     @contextlib.contextmanager
     def _acting(self, layers: list[Layer]) -> Iterator[None]:
-        # A call from within a call (some wrappers evaluate the model again) sees its own layers only.
+        # A call from within a call (some wrappers evaluate the model again) sees its own layers only. The outer call's stay where they
+        # are: someone may have replaced a forward above them.
         outer, self.layers = self.layers, layers
+        for layer in outer:
+            layer.muted = True
         try:
-            for layer in reversed(outer):
-                Overlay.remove(layer)
             for layer in layers:
                 layer.place()
             yield
@@ -205,7 +209,7 @@ class Gate(Overlay):
             for layer in reversed(layers):
                 layer.remove()
             for layer in outer:
-                layer.place()
+                layer.muted = False
             self.layers = outer
 
 

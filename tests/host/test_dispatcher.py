@@ -1,5 +1,6 @@
 """The engine under every order of events that the host, or another pack, can produce."""
 
+import contextlib
 import gc
 import threading
 import time
@@ -191,13 +192,22 @@ class TestOtherCodeOnTheSameMethods:
         close(sample(cases.slide(plain)), sample(stock(plain, 0.8)))
 
 
-def test_a_call_from_within_a_call_sees_the_effect_once(plain):
-    """Some wrappers evaluate the model twice; the second time through the model itself."""
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_call_from_within_a_call_sees_the_effect_once(plain, theirs):
+    """Some wrappers evaluate the model twice; the second time through the model itself, perhaps with a forward of theirs above ours."""
+    module = plain.model.diffusion_model.middle_block[0].in_layers[2]
 
     def again(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-        depth = transformer_options.get("depth", 0)
-        if depth == 0:
-            executor.class_obj.apply_model(x, t, c_concat, c_crossattn, control, transformer_options | {"depth": 1}, **kwargs)
+        def call(more):
+            return executor.class_obj.apply_model(x, t, c_concat, c_crossattn, control, transformer_options | more, **kwargs)
+
+        if transformer_options.get("depth", 0) == 0:
+            above = sampling.replaced_forward(module, lambda inner: lambda *args: inner(*args)) if theirs else contextlib.nullcontext()
+            with above:
+                inner = call({"depth": 1})
+            outer = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+            assert torch.equal(inner, outer)
+            return outer
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     acting = cases.slide(plain)
