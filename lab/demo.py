@@ -1,6 +1,7 @@
 """The demo's second half: measures the pictures that `python run.py demo` fetched and draws them on one labelled sheet."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,25 @@ from PIL import Image, ImageDraw, ImageFont
 PICTURE = 192  # pixels a side on the sheet; the lab's own are 64 to 128
 MARGIN = 16
 LINE = 26
+MEASURES = {"background": "background lightness, 0 to 1", "size": "diameter in pixels"}
 
 
 def main(argv: list[str]) -> int:
     """Read demo.json and its pictures in the folder argv[0], write contact_sheet.png there and print the measured attribute."""
-    from .eye import Eye
+    from .eye import Eye, attribute
 
     folder = Path(argv[0])
     listed = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    attribute = Path(listed["slider"]).stem
+    slider = Path(listed["slider"]).stem
     columns = {label: [Image.open(folder / name).convert("RGB") for name in names] for label, names in listed["columns"].items()}
     pictures = [picture for column in columns.values() for picture in column]
-    values = iter([getattr(reading, attribute) for reading in Eye.load().read(as_batch(pictures))])
+    values = iter([worded(attribute(slider, reading)) for reading in Eye.load().read(as_batch(pictures))])
     measured = {label: [next(values) for _ in column] for label, column in columns.items()}
 
-    sheet(columns, measured, attribute).save(folder / "contact_sheet.png")
-    print(f"\n{attribute:>12}  " + "  ".join(f"{label:>6}" for label in measured))
+    sheet(columns, measured, slider).save(folder / "contact_sheet.png")
+    print(f"\nMeasured {MEASURES[slider]}, by strength:\n" + "  ".join(f"{label:>6}" for label in measured))
     for row in zip(*measured.values(), strict=True):
-        print(f"{'':>12}  " + "  ".join(f"{value:6.2f}" for value in row))
+        print("  ".join(f"{value:>6}" for value in row))
     if all(map(same, columns["base"], columns["+0"])):
         print("Strength 0 is the picture without the slider, pixel for pixel.")
     print(f"\nPictures and contact_sheet.png are in {folder}")
@@ -43,20 +45,24 @@ def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
 
 
-def sheet(columns: dict[str, list[Image.Image]], measured: dict[str, list[float]], attribute: str) -> Image.Image:
-    """One column per strength under its label, one row per picture with its measured attribute below it."""
+def worded(value: float) -> str:
+    return "none" if math.isnan(value) else f"{value:.2f}"
+
+
+def sheet(columns: dict[str, list[Image.Image]], measured: dict[str, list[str]], slider: str) -> Image.Image:
+    """One column per strength under its label, one row per picture with what was measured in it below."""
     rows = len(next(iter(columns.values())))
     step = (PICTURE + MARGIN, PICTURE + LINE + MARGIN)
     page = Image.new("RGB", (len(columns) * step[0] + MARGIN, 2 * LINE + rows * step[1] + MARGIN), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
-    draw.text((MARGIN, MARGIN // 2), f"Concept Slider: {attribute}, by strength; measured below each picture", fill="black", font=font)
+    title = f"Concept Slider '{slider}', by strength. Below each picture: the measured {MEASURES[slider]}"
+    draw.text((MARGIN, MARGIN // 2), title, fill="black", font=font)
     for column, (label, pictures) in enumerate(columns.items()):
         left = MARGIN + column * step[0]
-        title = "without" if label == "base" else f"strength {int(label)}"
-        draw.text((left + PICTURE // 2, 2 * LINE), title, fill="black", font=font, anchor="ms")
+        heading = "without" if label == "base" else f"strength {int(label)}"
+        draw.text((left + PICTURE // 2, 2 * LINE), heading, fill="black", font=font, anchor="ms")
         for row, picture in enumerate(pictures):
             top = 2 * LINE + MARGIN // 2 + row * step[1]
             page.paste(picture.resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (left, top))
-            text = f"{attribute} {measured[label][row]:.2f}"
-            draw.text((left + PICTURE // 2, top + PICTURE + 18), text, fill="black", font=font, anchor="ms")
+            draw.text((left + PICTURE // 2, top + PICTURE + 18), measured[label][row], fill="black", font=font, anchor="ms")
     return page
