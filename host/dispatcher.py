@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -190,7 +190,7 @@ class Gate(Overlay):
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
         call = Call(self.owner, x, t, options)
         owner = call.owner
-        run = next((run for run in self.runs if run.patcher is owner), None)
+        run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
         with self._acting(run.layers(call) if run else []):
             return self.inner(x, t, *args, **kwargs)
 
@@ -218,6 +218,7 @@ class Run:
 
     def __init__(self, patcher):
         self.patcher = patcher
+        self.depth = _depth()
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
@@ -270,28 +271,40 @@ _claims: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _sampling = threading.local()
 
 
+def _depth() -> int:
+    """How many samplings of this thread are under way; a node may sample from within another's."""
+    return len(getattr(_sampling, "nested", ()))
+
+
 def _begin(patcher) -> None:
     """ON_PRE_RUN."""
-    # One run per patcher: a guider may begin the same patcher twice, and a run whose sampling died before its cleanup is replaced.
-    _end(patcher)
+    # One run per patcher and sampling: a guider may begin the same patcher twice, and a run that died before its cleanup is replaced.
+    _close(patcher)
     run = Run(patcher)
     gate = Gate.of(patcher.model)
     gate.runs.append(run)
-    vars(patcher)[RUN] = (gate, run)
+    vars(patcher).setdefault(RUN, []).append((gate, run))
     for runs in getattr(_sampling, "nested", [])[-1:]:
         runs.append(run)
 
 
 def _end(patcher) -> None:
     """ON_CLEANUP."""
-    gate, run = vars(patcher).pop(RUN, (None, None))
-    if run is None:
-        return
-    gate.runs.remove(run)
-    if not gate.runs:
-        gate.remove()
-    for uuid in [uuid for uuid, owner in _claims.items() if owner is patcher]:
-        _claims.pop(uuid, None)
+    _close(patcher)
+    if RUN not in vars(patcher):
+        _release(uuid for uuid, owner in _claims.items() if owner is patcher)
+
+
+def _close(patcher) -> None:
+    """End the patcher's run in this sampling; a sampling around this one keeps its own."""
+    runs = vars(patcher).get(RUN, [])
+    while runs and runs[-1][1].depth >= _depth():
+        gate, run = runs.pop()
+        gate.runs.remove(run)
+        if not gate.runs:
+            gate.remove()
+    if not runs:
+        vars(patcher).pop(RUN, None)
 
 
 def _prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
@@ -304,8 +317,18 @@ def _prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
 
 
 def _claim(patcher, conds) -> None:
-    for cond in conds:
-        _claims.setdefault(cond["uuid"], patcher)
+    for uuid in _uuids(conds):
+        _claims.setdefault(uuid, patcher)
+
+
+def _release(uuids: Iterable) -> None:
+    for uuid in list(uuids):
+        _claims.pop(uuid, None)
+
+
+def _uuids(conds) -> list:
+    """Those of conditions that the host converted; a guider may build some itself, without."""
+    return [cond["uuid"] for cond in conds if "uuid" in cond]
 
 
 def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -313,8 +336,7 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     guider = executor.class_obj
     # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
     second = getattr(guider, "uncond_model_patcher", None)
-    seconds = guider.conds.get("negative", ()) if second is not None else ()
-    _claim(second, seconds)
+    uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
     denoised = []
 
     def watch(step, x0, x, total):
@@ -324,15 +346,15 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     runs: list[Run] = []
     _sampling.nested = [*getattr(_sampling, "nested", []), runs]
     try:
+        if second is not None:
+            _claim(second, guider.conds.get("negative", ()))
         output = executor(noise, latent_image, sampler, sigmas, denoise_mask, watch, *args, **kwargs)
     finally:
-        _sampling.nested = _sampling.nested[:-1]
         for run in runs:
             # The host ends them itself, unless it fails between a pre_run and the block that ends it.
-            if vars(run.patcher).get(RUN, (None, None))[1] is run:
-                _end(run.patcher)
-        for cond in seconds:
-            _claims.pop(cond["uuid"], None)
+            _end(run.patcher)
+        _release(uuids)
+        _sampling.nested = _sampling.nested[:-1]
     if isinstance(output, torch.Tensor):
         # Samplers hand out the last denoised latent too, computed like this.
         latents = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]

@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import itertools
 import threading
 import time
+import uuid
 import weakref
 from functools import partial
 
@@ -20,6 +22,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSampli
 from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
+from concept_nodes.host.run_record import find
 from concept_nodes.host.window import Window
 from concept_nodes.nodes.sliders import Slider
 from concept_nodes.ops.lora import Factors
@@ -213,6 +216,57 @@ def test_a_call_from_within_a_call_sees_the_effect_once(plain, theirs):
     acting = cases.slide(plain)
     assert torch.equal(models.sample(sampling.wrapped(acting, WrappersMP.APPLY_MODEL, again)), models.sample(acting))
     assert forwards(plain) == []
+
+
+def test_a_sampling_from_within_a_sampling_of_the_same_patcher(plain):
+    """The outer one goes on with its effect, and its record is whole."""
+    inner = []
+
+    def nest(executor, *args, **kwargs):
+        if not inner:
+            inner.append(None)
+            patcher = executor.class_obj.current_patcher
+            inner[0] = models.sample(patcher, steps=2)
+            executor.class_obj.current_patcher = patcher
+        return executor(*args, **kwargs)
+
+    acting = cases.slide(plain)
+    outer = models.sample(sampling.wrapped(acting, WrappersMP.APPLY_MODEL, nest))
+    assert torch.equal(outer, models.sample(acting))
+    assert torch.equal(inner[0], models.sample(acting, steps=2))
+    assert "acted in 4 of 4 steps" in find(outer).describe()
+    assert "acted in 2 of 2 steps" in find(inner[0]).describe()
+    assert forwards(plain) == []
+
+
+class TestClaims:
+    """What is known about conditions goes with the sampling that they are for."""
+
+    @pytest.mark.parametrize("guider", [sampling.cfg, partial(sampling.dual_model, lambda model: model.clone())])
+    def test_gone_when_loading_fails(self, plain, guider):
+        model = sampling.wrapped(cases.slide(plain), WrappersMP.PREPARE_SAMPLING, lambda *args, **kwargs: sampling.fail(None))
+        made = guider(model)
+        with pytest.raises(sampling.Failure):
+            sampling.by_guider(lambda _: made, model)
+        assert len(dispatcher._claims) == 0
+
+    def test_conditions_that_a_guider_built_itself(self, plain):
+        """Without a uuid until the host asks for it."""
+
+        def strip(executor, *args, **kwargs):
+            for cond in itertools.chain(*executor.class_obj.conds.values()):
+                del cond["uuid"]
+            return executor(*args, **kwargs)
+
+        def number(executor, guider, *args, **kwargs):
+            for cond in itertools.chain(*guider.conds.values()):
+                cond["uuid"] = uuid.uuid4()
+            return executor(guider, *args, **kwargs)
+
+        acting = cases.slide(plain)
+        stripped = sampling.wrapped(acting, WrappersMP.SAMPLER_SAMPLE, number)
+        stripped.wrappers[WrappersMP.OUTER_SAMPLE] = {"test": [strip]} | stripped.wrappers[WrappersMP.OUTER_SAMPLE]
+        assert torch.equal(models.sample(stripped), models.sample(acting))
 
 
 def test_model_of_another_device_is_driven_from_its_own_thread():
