@@ -18,6 +18,7 @@ method, not on the object it is bound to, so that new `Layer`s each call compile
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from typing import Any, Protocol
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 
-from .run_record import make_record, remember
+from .run_record import UNHEARD, make_record, remember
+
+log = logging.getLogger("concept_nodes")
 
 KEY = "concept_nodes"
 RUN = "concept_nodes_run"
@@ -91,6 +94,7 @@ def attach(patcher, effect: Effect) -> None:
     if patcher.get_callbacks(CallbacksMP.ON_PRE_RUN, KEY):
         return
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _begin)
+    patcher.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, _stay)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
     # A guider's second model is prepared with its own options only; what the patcher itself holds is not asked.
@@ -122,6 +126,11 @@ class Overlay:
         self.inner = getattr(self.owner, self.method)
         self.alone = getattr(self.inner, "__func__", None) is getattr(type(self.owner), self.method)
         self.bound = held[self.method] = self.replacement
+
+    def lost(self) -> bool:
+        """Whether someone who was there before us took the method back, and ours with it. What is called then cannot lead to ours."""
+        now = getattr(self.owner, self.method)
+        return now is self.before or getattr(now, "__func__", None) is getattr(type(self.owner), self.method)
 
     def remove(self) -> None:
         held = vars(self.owner)
@@ -288,6 +297,13 @@ def _begin(patcher) -> None:
         runs.append(run)
 
 
+def _stay(patcher, *_) -> None:
+    """ON_PREPARE_STATE, before each evaluation."""
+    for gate, _run in vars(patcher).get(RUN, ())[-1:]:
+        if gate.lost():
+            gate.place()
+
+
 def _end(patcher) -> None:
     """ON_CLEANUP."""
     _close(patcher)
@@ -355,10 +371,13 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
             _end(run.patcher)
         _release(uuids)
         _sampling.nested = _sampling.nested[:-1]
-    if isinstance(output, torch.Tensor):
+    if runs and isinstance(output, torch.Tensor):
         # Samplers hand out the last denoised latent too, computed like this.
         latents = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]
-        remember(_record(sigmas, runs), output, *latents)
+        record = _record(sigmas, runs)
+        if record.unheard():
+            log.warning("%s: %s", ", ".join(effect.name for effect in record.effects), UNHEARD)
+        remember(record, output, *latents)
     return output
 
 

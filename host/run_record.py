@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 KEPT = 64
+UNHEARD = "another extension replaced the model's apply_model during this run, so its effects could not act. Switch that extension off."
 _records: OrderedDict[str, RunRecord] = OrderedDict()
 _lock = threading.Lock()
 
@@ -39,7 +40,13 @@ class RunRecord(NamedTuple):
     end: float
     effects: tuple[EffectRecord, ...]
 
+    def unheard(self) -> bool:
+        """Whether the model was evaluated without asking us."""
+        return self.steps > 0 and self.calls == 0
+
     def describe(self) -> str:
+        if self.unheard():
+            return f"{self.steps} steps; {UNHEARD}"
         span = f", sigma {self.sigmas[0]:.4g} to {self.sigmas[1]:.4g}" if self.sigmas else ""
         lines = [f"{self.steps} steps, {self.calls} model calls, none of them added by Concept Nodes{span}."]
         if self.end > 0:

@@ -148,6 +148,51 @@ class TestOtherCodeOnTheSameMethods:
         assert len(calls) == 4
         assert forwards(plain) == []
 
+    @pytest.mark.parametrize(
+        "take_back",
+        [lambda held, inner: held.pop("apply_model"), lambda held, inner: held.update(apply_model=inner[0])],
+    )
+    def test_older_override_that_goes_while_ours_is_on_top(self, take_back):
+        """Theirs was there first. They take the method back without a look at who is there now, and ours with it."""
+        plain = models.build()
+        acting = cases.slide(plain)
+        expected = models.sample(acting)
+        inner = [plain.model.apply_model]
+        plain.model.apply_model = lambda *args, **kwargs: inner[0](*args, **kwargs)
+        model = acting.clone()
+        model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "test", lambda patcher: take_back(vars(patcher.model), inner))
+        out = models.sample(model)
+        assert torch.equal(out, expected)
+        assert "acted in 4 of 4 steps" in find(out).describe()
+        plain.model.apply_model = inner[0]
+        del plain.model.apply_model
+        assert forwards(plain) == []
+
+    def test_older_override_that_takes_the_method_again(self):
+        """The value that was there before ours is put back on top."""
+        plain = models.build()
+        inner = plain.model.apply_model
+        plain.model.apply_model = before = lambda *args, **kwargs: inner(*args, **kwargs)
+        model = cases.slide(plain)
+        model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "test", lambda patcher: vars(patcher.model).update(apply_model=before))
+        assert "acted in 4 of 4 steps" in find(models.sample(model)).describe()
+        assert vars(plain.model)["apply_model"] is before
+
+    def test_override_that_leads_past_ours_is_told(self, caplog):
+        """Theirs is on top and calls the class's own method: nothing of ours can act, and the report must not say otherwise."""
+        plain = models.build()
+        model = cases.slide(plain)
+
+        def lead_past(patcher):
+            own = type(patcher.model).apply_model.__get__(patcher.model)
+            patcher.model.apply_model = lambda *args, **kwargs: own(*args, **kwargs)
+
+        model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "test", lead_past)
+        told = find(models.sample(model)).describe()
+        assert "another extension replaced the model's apply_model during this run" in told
+        assert "window" not in told
+        assert "another extension replaced the model's apply_model" in caplog.text
+
     def test_leftover_gate_goes_at_the_next_call(self, plain):
         """They put ours back after we have gone: it passes through and removes itself."""
         acting = cases.slide(plain)
