@@ -7,6 +7,7 @@ they are the host's: every sampler, LoRA loader, VAE node and text node treats t
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +122,16 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise LabError(f"The lab weights {path} cannot be read ({error}): reinstall the pack.") from error
 
 
+def check_tensors(path: Path, tensors: Collection[str], expected: Collection[str]) -> None:
+    """Raises LabError where a weight file does not hold exactly the expected tensors: the host would leave the rest at random values."""
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or unknown:
+        raise LabError(
+            f"The lab weights {path} are not those of this version of the pack: {len(missing)} tensors are missing and {len(unknown)} "
+            f"unknown, the first is {(missing + unknown)[0]}. Please reinstall the pack."
+        )
+
+
 def full_embedding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Text weights with the stored rows laid into a whole (49408, width) embedding table."""
     tensors = dict(tensors)
@@ -198,6 +209,7 @@ def load_model(name: str, weights: str | None = None, disable_dynamic: bool = Fa
         dtype = torch.float32
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))
     model = config.get_model(tensors, "", device=offload_device)
+    check_tensors(path, tensors, model.diffusion_model.state_dict())
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
     model.load_model_weights({key: tensor.to(dtype) for key, tensor in tensors.items()}, "", assign=patcher.is_dynamic())
@@ -214,7 +226,9 @@ def load_clip(weights: str | None = None, disable_dynamic: bool = False):
     import comfy.supported_models_base
     import folder_paths
 
-    tensors, _ = read_weights(Path(weights) if weights else WEIGHTS / "text.safetensors")
+    path = Path(weights) if weights else WEIGHTS / "text.safetensors"
+    tensors, _ = read_weights(path)
+    check_tensors(path, tensors, text_names())
     tensors = {"clip_l.transformer." + key: tensor.float() for key, tensor in full_embedding(tensors).items()}
     # The text encoder has no projection of its own; pooled states are used as they are.
     tensors["clip_l.transformer.text_projection.weight"] = torch.eye(TEXT_CONFIG["hidden_size"])
@@ -231,6 +245,15 @@ def load_clip(weights: str | None = None, disable_dynamic: bool = False):
     return clip
 
 
+def text_names() -> list[str]:
+    """Names of the tensors in the text encoder's weight file."""
+    parts = ["mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2", *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out"))]
+    layers = [f"encoder.layers.{i}.{part}" for i in range(TEXT_CONFIG["num_hidden_layers"]) for part in parts]
+    names = [f"{layer}.{kind}" for layer in (*layers, "final_layer_norm") for kind in ("weight", "bias")]
+    names += [f"embeddings.{name}" for name in ("position_embedding.weight", "token_embedding.ids", "token_embedding.rows")]
+    return [f"text_model.{name}" for name in names]
+
+
 def _clip_patcher(weights: str | None = None, disable_dynamic: bool = False):
     return load_clip(weights, disable_dynamic).patcher
 
@@ -239,7 +262,10 @@ def load_vae(weights: str | None = None):
     """VAE: the host's class around its KL autoencoder at the lab's width."""
     import comfy.sd
 
-    tensors, _ = read_weights(Path(weights) if weights else WEIGHTS / "vae.safetensors")
+    path = Path(weights) if weights else WEIGHTS / "vae.safetensors"
+    tensors, _ = read_weights(path)
+    with torch.device("meta"):
+        check_tensors(path, tensors, build_vae_module().state_dict())
     vae = comfy.sd.VAE(
         sd={key: tensor.float() for key, tensor in tensors.items()}, config={"params": {"ddconfig": dict(VAE_CONFIG), "embed_dim": 4}}
     )

@@ -7,6 +7,7 @@ the text encoder only: the image models never see a picture captioned with them,
 from __future__ import annotations
 
 import random
+import re
 from typing import NamedTuple
 
 from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, SHAPES, SIZES, STYLES, Scenes
@@ -192,11 +193,12 @@ OPENINGS = (
     "there is ",
     "we see ",
 )
-RESERVED_WORDS = ("sks", "ohwx", "zwx", "qpk", "vbn", "wqt", "xjk", "zvq")  # left untrained, for learned concepts
+RESERVED_WORDS = ("sks", "ohwx", "zwx", "qpk", "vbn", "wqt", "xjk", "zvq")  # their last token is left untrained, for learned concepts
 
 
 class Wording(NamedTuple):
-    """How captions are written: chances of each way of naming. `held` opens the held-out wordings; `complete` names every attribute."""
+    """How captions are written: chances of each way of naming. `held` opens the held-out wordings; `complete` names every attribute
+    but a solid fill and a flat style, which go without saying."""
 
     synonym: float = 0.30
     described: float = 0.08
@@ -272,7 +274,7 @@ class Writer:
         noun = self._name(SHAPE_WORDS[item["shape"]])[0] if self._mentions(0.96) else rng.choice(("thing", "object", "shape"))
         if before and before[-1] not in ("outline of a",) and rng.random() < 0.06:
             after.insert(0, f"that is {before.pop()}")
-        phrase = " ".join([*before, noun, *after])
+        phrase = re.sub(r"\ba (?=[aeiou])", "an ", " ".join([*before, noun, *after]))
         if item["place"] and self._mentions(0.62):
             phrase += " " + rng.choice(PLACE_WORDS[item["place"]])
         elif not self.wording.complete and rng.random() < 0.06:

@@ -13,7 +13,7 @@ import torch
 from ..host import lab as host_lab
 from .captions import COMPLETE, Wording, Writer, write_captions
 from .eye import Eye, Reading
-from .scenes import CELLS, COLOURS, FILLS, KINDS, SIZE_RANGES, STYLES, Scenes, sample_scenes
+from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, SIZE_RANGES, STYLES, Scenes, sample_scenes
 
 log = logging.getLogger("concept_nodes.lab")
 
@@ -27,12 +27,16 @@ class Asked(list):
 
 
 def ask(n: int, *, objects: int, size: int, seed: int, wording: Wording = COMPLETE, plain: bool = False) -> Asked:
-    """n scenes of so many objects whose places have words, and captions that name all of it."""
+    """n scenes of so many objects whose places have words, and captions that name all of it. Raises ValueError where they do not fit."""
     scenes = sample_scenes(
-        n * 4, height=size, width=size, counts={objects: 1.0}, plain=plain, generator=torch.Generator().manual_seed(seed)
+        n * 12, height=size, width=size, counts={objects: 1.0}, plain=plain, generator=torch.Generator().manual_seed(seed)
     )
     worded = ((scenes.column() >= 0) & (scenes.row() >= 0)) | ~scenes.present()
     keep = torch.nonzero(worded.all(1) & (scenes.count == objects)).flatten()[:n]
+    if len(keep) < n:
+        raise ValueError(
+            f"Only {len(keep)} of {n} scenes of {objects} objects fit on {size} pixels: ask for fewer objects or a larger canvas."
+        )
     scenes = scenes[keep]
     captions, _ = write_captions(scenes, Writer(wording, random.Random(seed)))
     return Asked(scenes, captions)
@@ -77,6 +81,7 @@ def draw_latents(
     return torch.cat(latents)
 
 
+@torch.inference_mode()
 def draw(lab, captions: list[str], **settings) -> torch.Tensor:
     """Pictures (N, H, W, 3) in 0..1 for captions; settings as for `draw_latents`."""
     return torch.cat([lab.vae.decode(part).cpu() for part in draw_latents(lab, captions, **settings).split(64)])
@@ -84,7 +89,7 @@ def draw(lab, captions: list[str], **settings) -> torch.Tensor:
 
 def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
     """Shares of pictures that hold what was asked. For one object, each attribute; for more, `bind` (the exact set of shape-colour pairs)
-    and `placed`.
+    and `place` (every one in its cell).
     """
     scenes, right = asked.scenes, {}
 
@@ -96,8 +101,6 @@ def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
         count = int(scenes.count[i])
         wanted = [(KINDS[int(scenes.kind[i, k])], COLOURS[int(scenes.colour[i, k])]) for k in range(count)]
         tally("valid", reading.valid > 0.5)
-        from .scenes import BACKGROUNDS
-
         tally("background", reading.background_word() == BACKGROUNDS[int(backgrounds[i])])
         tally("style", reading.style == STYLES[int(scenes.style[i])])
         tally("count", len(reading.objects) == count)

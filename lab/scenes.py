@@ -133,8 +133,8 @@ def sample_scenes(
     """Draw N scenes (on the CPU). counts: {number of objects: weight}; characters: share of objects that are characters; plain: solid
     fills and flat style only; any_background: every lightness, those between two words included.
 
-    Objects never overlap and stay wholly inside the canvas: places are drawn slot by slot, the best of 64 candidates; scenes that found
-    none lose the object.
+    Objects keep apart and inside the canvas (by their circles: an aerial or a tip may reach past). Places are drawn slot by slot, the
+    first of 64 candidates that fits; a scene in which none fits loses the object.
     """
     counts = counts or {1: 1.0}
     count = torch.tensor(list(counts))[_weighted(list(counts.values()), (n,), generator)]
@@ -167,7 +167,7 @@ def sample_scenes(
         # Half of the candidates spread evenly, half gather in the nine named cells, so that the words for places are met often.
         even_x = margin + (width - 2 * margin) * uniform(n, tries)
         even_y = margin + (height - 2 * margin) * uniform(n, tries)
-        third = torch.randint(3, (2, n, 1), generator=generator)
+        third = torch.randint(3, (2, n, tries), generator=generator)
         cell_x = _in_cell(third[0], margin, width, uniform(n, tries))
         cell_y = _in_cell(third[1], margin, height, uniform(n, tries))
         use_cell = uniform(n, 1) < 0.5
