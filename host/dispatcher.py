@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 
-from .run_record import UNHEARD, make_record, remember
+from .run_record import UNHEARD, Evaluation, make_record, remember
 
 log = logging.getLogger("concept_nodes")
 
@@ -77,7 +77,12 @@ class Call:
 
 
 class Effect:
-    """What a node adds to a model: parts by module name (from the host's BaseModel, "diffusion_model...."), and how strongly they act."""
+    """What a node adds to a model: parts by module name (from the host's BaseModel, "diffusion_model...."), and how strongly they act.
+
+    `added` is how many model evaluations it adds to each call that it acts in.
+    """
+
+    added = 0
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -222,17 +227,27 @@ class Gate(Overlay):
             self.layers = outer
 
 
+class Sampling:
+    """One sampling under way: the runs in it, the steps that its sampler has ended so far, and the last denoised latent."""
+
+    def __init__(self):
+        self.runs: list[Run] = []
+        self.ended: list[int] = []
+        self.denoised: torch.Tensor | None = None
+
+
 class Run:
     """One patcher's effects from its pre_run to its cleanup; tensors on the device live no longer than this."""
 
     def __init__(self, patcher):
         self.patcher = patcher
-        self.depth = _depth()
+        self.depth = len(_nested())
+        self.ended = _nested()[-1].ended if _nested() else []
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
         self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.effects]
-        self.calls: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self._key = self._strengths = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
 
@@ -240,7 +255,7 @@ class Run:
         """The layers for one call: none when no effect acts in it."""
         strengths = tuple(strength(call) for strength in self.strengths)
         active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
-        self.calls.append((call.t.detach().flatten()[:1].float(), active))
+        self._calls.append((call.t.detach().flatten()[:1].float(), len(self.ended), active))
         if not active:
             return []
         key = (active, call.x.device, call.model.get_dtype_inference())
@@ -265,14 +280,13 @@ class Run:
 
         return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in members.items()]
 
-    def sigmas(self) -> tuple[list[float], dict[Effect, list[float]]]:
-        """The noise level of every call, and for each effect those of the calls it acted in."""
-        levels = torch.cat([level for level, _ in self.calls]).tolist() if self.calls else []
-        acted = {
-            effect: [level for level, (_, active) in zip(levels, self.calls, strict=True) if index in active]
-            for index, effect in enumerate(self.effects)
-        }
-        return levels, acted
+    def evaluations(self) -> list[Evaluation]:
+        """All calls of the run. Waits for the GPU, once."""
+        levels = torch.cat([level for level, _, _ in self._calls]).tolist() if self._calls else []
+        return [
+            Evaluation(level, step, tuple(self.effects[index] for index in active))
+            for level, (_, step, active) in zip(levels, self._calls, strict=True)
+        ]
 
 
 # Condition entry (by the host's uuid) -> the patcher that evaluates it, where a guider samples with two patchers.
@@ -280,9 +294,9 @@ _claims: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _sampling = threading.local()
 
 
-def _depth() -> int:
-    """How many samplings of this thread are under way; a node may sample from within another's."""
-    return len(getattr(_sampling, "nested", ()))
+def _nested() -> list[Sampling]:
+    """The samplings of this thread that are under way; a node may sample from within another's."""
+    return vars(_sampling).setdefault("nested", [])
 
 
 def _begin(patcher) -> None:
@@ -293,8 +307,8 @@ def _begin(patcher) -> None:
     gate = Gate.of(patcher.model)
     gate.runs.append(run)
     vars(patcher).setdefault(RUN, []).append((gate, run))
-    for runs in getattr(_sampling, "nested", [])[-1:]:
-        runs.append(run)
+    for sampling in _nested()[-1:]:
+        sampling.runs.append(run)
 
 
 def _stay(patcher, *_) -> None:
@@ -314,7 +328,7 @@ def _end(patcher) -> None:
 def _close(patcher) -> None:
     """End the patcher's run in this sampling; a sampling around this one keeps its own."""
     runs = vars(patcher).get(RUN, [])
-    while runs and runs[-1][1].depth >= _depth():
+    while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
         if not gate.runs:
@@ -353,41 +367,35 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
     second = getattr(guider, "uncond_model_patcher", None)
     uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
-    denoised = []
+    this = Sampling()
 
     def watch(step, x0, x, total):
-        denoised[:] = [x0]
+        this.ended.append(step)
+        this.denoised = x0
         return callback(step, x0, x, total) if callback is not None else None
 
-    runs: list[Run] = []
-    _sampling.nested = [*getattr(_sampling, "nested", []), runs]
+    _nested().append(this)
     try:
         if second is not None:
             _claim(second, guider.conds.get("negative", ()))
         output = executor(noise, latent_image, sampler, sigmas, denoise_mask, watch, *args, **kwargs)
     finally:
-        for run in runs:
+        for run in this.runs:
             # The host ends them itself, unless it fails between a pre_run and the block that ends it.
-            _end(run.patcher)
+            _close(run.patcher)
         _release(uuids)
-        _sampling.nested = _sampling.nested[:-1]
-    if runs and isinstance(output, torch.Tensor):
+        _nested().pop()
+    if this.runs and isinstance(output, torch.Tensor):
         # Samplers hand out the last denoised latent too, computed like this.
-        latents = [guider.model_patcher.model.process_latent_out(x0.cpu()) for x0 in denoised]
-        record = _record(sigmas, runs)
+        denoised = () if this.denoised is None else (guider.model_patcher.model.process_latent_out(this.denoised.cpu()),)
+        record = _record(sigmas, this)
         if record.unheard():
             log.warning("%s: %s", ", ".join(effect.name for effect in record.effects), UNHEARD)
-        remember(record, output, *latents)
+        remember(record, output, *denoised)
     return output
 
 
-def _record(schedule: torch.Tensor, runs: list[Run]):
+def _record(schedule: torch.Tensor, this: Sampling):
     """The record of one sampling, over all models that had effects in it (copies on further GPUs share theirs)."""
-    calls: list[float] = []
-    acted: dict[Effect, list[float]] = {}
-    for run in runs:
-        levels, by_effect = run.sigmas()
-        calls += levels
-        for effect, active in by_effect.items():
-            acted.setdefault(effect, []).extend(active)
-    return make_record(schedule.tolist(), calls, [(effect.name, active) for effect, active in acted.items()])
+    effects = dict.fromkeys(effect for run in this.runs for effect in run.effects)
+    return make_record(schedule.tolist(), this.ended, effects, [call for run in this.runs for call in run.evaluations()])

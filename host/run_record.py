@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,20 +21,31 @@ _records: OrderedDict[str, RunRecord] = OrderedDict()
 _lock = threading.Lock()
 
 
+class Evaluation(NamedTuple):
+    """One model call: its noise level, how many steps the sampler had ended by then, and the effects that acted in it."""
+
+    sigma: float
+    step: int
+    effects: tuple
+
+
 class EffectRecord(NamedTuple):
-    """What one effect did: in how many steps and model calls, and between which sigmas (None if it never acted)."""
+    """What one effect did: in how many steps (None if they cannot be told from the calls) and model calls, and between which sigmas
+    (None if it never acted)."""
 
     name: str
-    steps: int
+    steps: int | None
     calls: int
     sigmas: tuple[float, float] | None
 
 
 class RunRecord(NamedTuple):
-    """One sampling: `steps` of its schedule, `calls` of models with effects, their `sigmas` (high, low), and the schedule's `end`."""
+    """One sampling: `steps` of its schedule, `calls` of models with effects, how many of them the effects `added`, their `sigmas`
+    (high, low), and the schedule's `end`."""
 
     steps: int
     calls: int
+    added: int
     sigmas: tuple[float, float] | None
     end: float
     effects: tuple[EffectRecord, ...]
@@ -47,35 +57,43 @@ class RunRecord(NamedTuple):
     def describe(self) -> str:
         if self.unheard():
             return f"{self.steps} steps; {UNHEARD}"
-        span = f", sigma {self.sigmas[0]:.4g} to {self.sigmas[1]:.4g}" if self.sigmas else ""
-        lines = [f"{self.steps} steps, {self.calls} model calls, none of them added by Concept Nodes{span}."]
+        span = f", {_between(self.sigmas)}" if self.sigmas else ""
+        lines = [f"{self.steps} steps, {self.calls} model calls, {self.added or 'none'} of them added by Concept Nodes{span}."]
         if self.end > 0:
             lines.append(f"Stopped at sigma {self.end:.4g}: the latent still holds noise.")
-        for effect in self.effects:
-            if effect.sigmas is None:
-                lines.append(f"{effect.name}: never acted, no step lay in its window.")
-            else:
-                lines.append(
-                    f"{effect.name}: acted in {effect.steps} of {self.steps} steps ({effect.calls} calls), "
-                    f"sigma {effect.sigmas[0]:.4g} to {effect.sigmas[1]:.4g}."
-                )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"{effect.name}: {self._told(effect)}." for effect in self.effects)])
+
+    def _told(self, effect: EffectRecord) -> str:
+        if effect.sigmas is None:
+            return "never acted, no step lay in its window"
+        if effect.steps is None:
+            return f"acted in {effect.calls} of {self.calls} model calls, {_between(effect.sigmas)}"
+        return f"acted in {effect.steps} of {self.steps} steps ({effect.calls} calls), {_between(effect.sigmas)}"
 
 
-def make_record(schedule: Sequence[float], sigmas: Sequence[float], acted: Sequence[tuple[str, Sequence[float]]]) -> RunRecord:
-    """The record of a run: its schedule of sigmas, those of all model calls, and by effect those of the calls it acted in."""
-    effects = tuple(EffectRecord(name, _steps(schedule, active), len(active), _span(active)) for name, active in acted)
-    return RunRecord(len(schedule) - 1, len(sigmas), _span(sigmas), schedule[-1], effects)
+def make_record(schedule: Sequence[float], ended: Sequence[int], effects: Iterable, calls: Sequence[Evaluation]) -> RunRecord:
+    """The record of a run: its schedule of sigmas, the steps as the sampler ended them, all effects in it and all its model calls."""
+    steps = len(schedule) - 1
+    # Some samplers (dpm_adaptive, dpm_fast, restart) take steps of their own instead of the schedule's.
+    own = list(ended) != list(range(steps))
+
+    def told(effect) -> EffectRecord:
+        acted = [call for call in calls if effect in call.effects]
+        # What is evaluated after the last step's end (sa_solver_pece) belongs to that step.
+        in_steps = None if own else len({min(call.step, steps - 1) for call in acted})
+        return EffectRecord(effect.name, in_steps, len(acted), _span(acted))
+
+    added = sum(effect.added for call in calls for effect in call.effects)
+    return RunRecord(steps, len(calls), added, _span(calls), schedule[-1], tuple(told(effect) for effect in effects))
 
 
-def _span(sigmas: Sequence[float]) -> tuple[float, float] | None:
-    return (max(sigmas), min(sigmas)) if sigmas else None
+def _span(calls: Sequence[Evaluation]) -> tuple[float, float] | None:
+    levels = [call.sigma for call in calls]
+    return (max(levels), min(levels)) if levels else None
 
 
-def _steps(schedule: Sequence[float], sigmas: Sequence[float]) -> int:
-    """How many steps the calls lie in. A step reaches from its own sigma down to the next one's."""
-    starts = sorted(-sigma for sigma in schedule[:-1])
-    return len({max(0, bisect_right(starts, -sigma) - 1) for sigma in sigmas})
+def _between(sigmas: tuple[float, float]) -> str:
+    return f"sigma {sigmas[0]:.4g} to {sigmas[1]:.4g}"
 
 
 def digest(samples) -> str:

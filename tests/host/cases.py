@@ -16,13 +16,11 @@ class Case(NamedTuple):
     acts      -> the model with a clear effect; `sign` -1 turns it the other way
     neutral   settings that must do nothing -> the model with them
     reference the host's own way to the same model, where there is one
-    added     model evaluations per step that its report names
     """
 
     acts: Callable
     neutral: dict[str, Callable]
     reference: Callable | None = None
-    added: int = 0
 
 
 def slide(model, strength=0.8, start=0.0, end=1.0, **lora):

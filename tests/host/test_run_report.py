@@ -2,13 +2,15 @@
 
 import cases
 import comfy.nested_tensor
+import comfy.samplers
 import models
 import pytest
 import sampling
 import torch
+from comfy_extras.nodes_custom_sampler import SamplerCustom
 
-from concept_nodes.host import run_record
-from concept_nodes.host.run_record import digest, find, make_record, remember
+from concept_nodes.host import adapters, dispatcher, run_record
+from concept_nodes.host.run_record import Evaluation, digest, find, make_record, remember
 from concept_nodes.nodes.run_report import RunReport
 
 
@@ -59,14 +61,14 @@ class TestFindingTheRecord:
         assert run_record._records == before
 
     def test_nested_latents_are_found_by_their_packed_form(self):
-        record = make_record([1.0, 0.0], [1.0], [("a", [1.0])])
+        record = make_record([1.0, 0.0], [0], [], [Evaluation(1.0, 0, ())])
         parts = [models.seeded((2, 4, 3, 3), 1), models.seeded((2, 8, 5), 2)]
         packed = torch.cat([part.reshape(2, 1, -1) for part in parts], dim=-1)
         remember(record, packed)
         assert find(comfy.nested_tensor.NestedTensor(parts)) is record
 
     def test_only_so_many_are_kept(self):
-        record = make_record([1.0, 0.0], [1.0], [])
+        record = make_record([1.0, 0.0], [0], [], [])
         latents = [torch.full((1, 4, 2, 2), float(index)) for index in range(2 * run_record.KEPT + 1)]
         for latent in latents:
             remember(record, latent)
@@ -97,8 +99,38 @@ class TestWhatItSays:
 
     def test_samplers_that_evaluate_twice_per_step(self, plain):
         told = report(models.sample(cases.slide(plain, 0.8, start=0.5), steps=6, sampler="heun"))
-        assert "of 6 steps" in told
+        assert "acted in 3 of 6 steps" in told
         assert "11 model calls" in told
+
+    def test_sampler_that_raises_the_noise_before_it_evaluates(self, plain):
+        """What is asked for in a step then lies above the step's own sigma."""
+        model = cases.slide(plain, 0.8)
+        with torch.inference_mode():
+            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 10)
+            churning = comfy.samplers.ksampler("euler", {"s_churn": 20.0})
+            start = models.latent(model)
+            out = SamplerCustom.execute(model, True, 3, 3.0, *sampling.prompts(model, 2), churning, sigmas, start).result[0]
+        assert "acted in 10 of 10 steps (10 calls)" in report(out["samples"])
+
+    @pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+    def test_sampler_with_steps_of_its_own(self, plain, sampler):
+        """Its calls are told, because they belong to no step of the schedule."""
+        model = cases.slide(plain, 0.8)
+        calls = sampling.count_calls(model, sampler=sampler)
+        assert f"acted in {calls} of {calls} model calls" in report(models.sample(model, sampler=sampler))
+
+    def test_calls_that_an_effect_adds(self, plain):
+        """Each effect says how many it adds to a call; the record adds them up over the calls it acted in."""
+
+        class Adding(adapters.AdapterEffect):
+            added = 2
+
+        model = cases.slide(plain, 0.8)
+        parts = adapters.place(plain, models.lora(plain), "test").parts
+        adding = model.clone()
+        dispatcher.attach(adding, Adding("test", parts, 1.0, 0.5))
+        assert "4 model calls, none of them added by Concept Nodes" in report(models.sample(model))
+        assert "4 model calls, 4 of them added by Concept Nodes" in report(models.sample(adding))
 
     def test_calls_of_a_split_batch(self, plain):
         # Two prompts of unequal length, each on the whole and on a part of the picture.
@@ -132,16 +164,19 @@ class TestWhatItSays:
 
 
 @pytest.mark.parametrize(
-    "schedule, sigmas, steps",
+    "ended, calls, told",
     [
-        ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 1.0], 3),
-        ([9.0, 5.0, 1.0, 0.0], [9.0, 5.0, 5.0, 1.0, 1.0], 3),
-        ([9.0, 5.0, 1.0, 0.0], [9.5, 7.0, 6.0], 1),
-        ([9.0, 5.0, 1.0, 0.0], [], 0),
-        ([1.0, 5.0, 9.0], [1.0, 5.0], 2),
-        ([9.0, 9.0, 5.0, 0.0], [9.0, 5.0], 2),
+        ([0, 1, 2], [0, 1, 2], "in 3 of 3 steps (3 calls)"),
+        ([0, 1, 2], [0, 0, 1, 1], "in 2 of 3 steps (4 calls)"),
+        ([0, 1, 2], [2, 3], "in 1 of 3 steps (2 calls)"),
+        ([0, 1, 2], [], "never acted"),
+        ([0, 1], [0, 1, 1], "in 3 of 3 model calls"),
+        ([0, 1, 2, 3], [0, 1, 2, 3], "in 4 of 4 model calls"),
     ],
 )
-def test_steps_are_counted_once(schedule, sigmas, steps):
-    (effect,) = make_record(schedule, sigmas, [("a", sigmas)]).effects
-    assert effect.steps == steps
+def test_steps_are_counted_once(ended, calls, told):
+    effect = dispatcher.Effect("a", {})
+    record = make_record(
+        [9.0, 5.0, 1.0, 0.0], ended, [effect], [Evaluation(5.0, step, (effect,)) for step in calls] or [Evaluation(5.0, 0, ())]
+    )
+    assert told in record.describe()
