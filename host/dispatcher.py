@@ -9,6 +9,8 @@ A node hands an `Effect` to `attach`; nothing is touched until the model samples
                   model's call
     ON_CLEANUP    the gate goes
 
+While gradients are recorded, the layers stay until the next call or the end of the run: the backward pass may evaluate them again.
+
 Why forward exists only during the call: other code may replace, restore or re-inject forwards between calls (the host ejects and injects at
 every load), two patchers may share one model in one sampling (DualModelGuider), and an error at any point must leave plain modules.
 Why forward and no forward hook: torch.compile ignores hooks that are added after it compiled. It guards on the function behind a bound
@@ -185,7 +187,8 @@ class Gate(Overlay):
     def __init__(self, model):
         super().__init__(model)
         self.runs: list[Run] = []
-        self.layers: list[Layer] = []
+        self.layers: list[Layer] | None = None
+        self.kept: list[Layer] = []
 
     @classmethod
     def of(cls, model) -> Gate:
@@ -208,21 +211,29 @@ class Gate(Overlay):
         with self._acting(run.layers(call) if run else []):
             return self.inner(x, t, *args, **kwargs)
 
+    def release(self) -> None:
+        """Take away the layers kept from the last call."""
+        while self.kept:
+            self.kept.pop().remove()
+
     @contextlib.contextmanager
     def _acting(self, layers: list[Layer]) -> Iterator[None]:
         # A call from within a call (some wrappers evaluate the model again) sees its own layers only. The outer call's stay where they
         # are: someone may have replaced a forward above them.
+        self.release()
         outer, self.layers = self.layers, layers
-        for layer in outer:
+        for layer in outer or ():
             layer.muted = True
         try:
             for layer in layers:
                 layer.place()
             yield
         finally:
-            for layer in reversed(layers):
-                layer.remove()
-            for layer in outer:
+            self.kept += layers
+            # With gradient checkpointing a backward pass evaluates parts of the call again: it must find the layers.
+            if outer is not None or not torch.is_grad_enabled():
+                self.release()
+            for layer in outer or ():
                 layer.muted = False
             self.layers = outer
 
@@ -331,6 +342,7 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
+        gate.release()
         if not gate.runs:
             gate.remove()
     if not runs:

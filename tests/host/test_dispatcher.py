@@ -19,6 +19,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux
+from comfy_extras.nodes_train import TrainLoraNode
 from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
@@ -528,6 +529,68 @@ class TestPrecision:
         expected = models.sample(cases.slide(exact), steps=2) - models.sample(exact, steps=2)
         assert (added - expected).norm() <= 0.15 * expected.norm()
         assert torch.equal(models.sample(model, steps=2), before)
+
+
+class TestTraining:
+    """The host's Train LoRA node differentiates through a model that has a slider on it."""
+
+    @staticmethod
+    def train(model, checkpointing):
+        """What it has trained after two steps, by key. It takes every input as a list."""
+        inputs = {
+            "model": model,
+            "latents": {"samples": models.seeded((1, 4, 8, 8), 1)},
+            "positive": models.conditioning(model, 10),
+            "batch_size": 1,
+            "grad_accumulation_steps": 1,
+            "steps": 2,
+            "learning_rate": 1e-2,
+            "rank": 1,
+            "optimizer": "SGD",
+            "loss_function": "MSE",
+            "seed": 0,
+            "training_dtype": "fp32",
+            "lora_dtype": "fp32",
+            "quantized_backward": False,
+            "algorithm": "LoRA",
+            "gradient_checkpointing": checkpointing,
+            "checkpoint_depth": 1,
+            "offloading": False,
+            "existing_lora": "[None]",
+            "bucket_mode": False,
+            "bypass_mode": True,
+        }
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            return TrainLoraNode.execute(**{name: [value] for name, value in inputs.items()}).result[0]
+
+    def test_checkpointing_changes_nothing(self):
+        """The backward pass evaluates parts of the call again, after the call: it must find the slider there."""
+        model = models.build()
+        expected, checkpointed = (self.train(cases.slide(model), checkpointing) for checkpointing in (False, True))
+        assert expected.keys() == checkpointed.keys()
+        assert any(value.any() for key, value in expected.items() if "lora_up" in key)
+        for key, value in expected.items():
+            torch.testing.assert_close(checkpointed[key], value, rtol=1e-4, atol=1e-6)
+
+    def test_slider_is_trained_through(self):
+        model = models.build()
+        with_slider, without = self.train(cases.slide(model), False), self.train(model, False)
+        assert any(not torch.equal(with_slider[key], without[key]) for key in without if "lora_up" in key)
+
+    def test_layers_kept_for_the_backward_pass_go_with_the_run(self):
+        model = models.build()
+        between = []
+
+        def record_gradients(executor, *args, **kwargs):
+            with torch.enable_grad():
+                out = executor(*args, **kwargs)
+            between.append(forwards(model))
+            return out.detach()
+
+        models.sample(sampling.wrapped(cases.slide(model), WrappersMP.PREDICT_NOISE, record_gradients))
+        assert [len(names) for names in between] == [120] * 4
+        assert forwards(model) == []
 
 
 def test_equals_the_stock_lora_loader_after_twenty_steps(plain):
