@@ -40,7 +40,8 @@ def missing() -> str:
     return (
         "No effect of Concept Nodes is known to have acted on this latent. Either none was on the model (strength 0, an empty window and "
         "no file do nothing), or the latent was changed after sampling, or it was sampled before the host was started, or more than "
-        f"{run_record.KEPT} runs ago. Connect this node straight to the sampler, or sample again with another seed."
+        f"{run_record.KEPT} runs ago. Connect this node straight to the sampler, or sample again with another seed. Effects that are only "
+        "on the negative model of DualModelGuider act, but no record of them is kept."
     )
 
 

@@ -155,6 +155,16 @@ class TestWhatItSays:
         told = report(models.sample(cases.slide(cases.slide(plain, 0.8), -0.4, seed=400, start=0.5)))
         assert told.index("at 0.8: acted in 4") < told.index("at -0.4: acted in 2")
 
+    def test_negative_model_alone_is_named_as_not_recorded(self, plain):
+        """Its calls are seen, but only the main model's options lead to the latent that comes out."""
+
+        def sample(negative):
+            return sampling.by_guider(lambda model: sampling.dual_model(negative, model), plain)
+
+        samples = sample(lambda model: cases.slide(model, 0.8))
+        assert not torch.equal(samples, sample(lambda model: model.clone()))
+        assert "negative model of DualModelGuider act, but no record" in report(samples)
+
     def test_both_models_of_a_guider(self, plain):
         other = sampling.other_model(plain)
         samples = sampling.by_guider(lambda model: sampling.dual_model(lambda _: cases.slide(other, 0.3), model), cases.slide(plain, 0.8))
