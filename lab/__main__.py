@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if options.stage == "measure":
         from .measure import main as measure
 
-        return measure(options.folder, options.device)
+        return measure(options.folder, RUNS)
     settings = {key: getattr(options, key) for key in ("device", "steps", "minutes", "finish", "batch")}
     if options.lr:
         settings["lr"] = options.lr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Sequence
@@ -150,23 +149,31 @@ def sheet(pictures: torch.Tensor, path: Path, columns: int = 12) -> None:
     Image.fromarray(canvas).save(path)
 
 
-def main(folder: Path, device: str, n: int = 256, models: tuple[str, ...] = ("unet", "dit")) -> int:
-    """Tables for every model whose weights lie in `folder`."""
+ROWS = ((64, 1), (64, 2), (128, 1), (128, 2), (128, 3))  # (canvas, objects)
+
+
+def measure_model(name: str, folder: Path, output: Path | None = None, n: int = 256, rows=ROWS) -> dict[tuple[int, int], dict[str, float]]:
+    """Scores of one lab model by (canvas, objects), n captions each, with the weights in `folder`; sheets of pictures go to `output`."""
     eye = Eye.load(folder / "eye.safetensors")
-    clip, vae = host_lab.load_clip(str(folder / "text.safetensors")), host_lab.load_vae(str(folder / "vae.safetensors"))
-    results = {}
-    for name in models:
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            continue
-        lab = host_lab.LabModel(host_lab.load_model(name, str(path)), clip, vae)
-        for size in (64, 128):
-            for objects in (1, 2, 3) if size == 128 else (1, 2):
-                asked = ask(n, objects=objects, size=size, seed=900 + objects)
-                pictures = draw(lab, list(asked), size=size, seed=5000, batch=64 if device == "cpu" else 256)
-                results[f"{name}_{size}_{objects}"] = figures = score(asked, eye.read(pictures))
-                log.info("%s %d px, %d objects: %s", name, size, objects, {key: round(value, 3) for key, value in figures.items()})
-                sheet(pictures[:48], folder / f"{name}_{size}_{objects}.png")
-                log.info("  first captions: %s", asked[:4])
-    (folder / "measure.json").write_text(json.dumps(results, indent=1))
+    lab = host_lab.LabModel(
+        host_lab.load_model(name, str(folder / f"{name}.safetensors")),
+        host_lab.load_clip(str(folder / "text.safetensors")),
+        host_lab.load_vae(str(folder / "vae.safetensors")),
+    )
+    scores = {}
+    for size, objects in rows:
+        asked = ask(n, objects=objects, size=size, seed=900 + objects)
+        pictures = draw(lab, list(asked), size=size, seed=5000)
+        scores[size, objects] = score(asked, eye.read(pictures))
+        log.info("%s %d px, %d objects: %s", name, size, objects, {key: round(value, 3) for key, value in scores[size, objects].items()})
+        if output:
+            sheet(pictures[:48], output / f"{name}_{size}_{objects}.png")
+    return scores
+
+
+def main(folder: Path, output: Path) -> int:
+    """Scores and sheets of every model whose weights lie in `folder`."""
+    for name in host_lab.MODELS:
+        if (folder / f"{name}.safetensors").exists():
+            measure_model(name, folder, output)
     return 0
