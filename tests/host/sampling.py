@@ -119,8 +119,8 @@ def in_areas(model) -> torch.Tensor:
 
 
 WAYS: dict[str, Callable] = {
-    **{f"KSampler {name}": partial(models.sample, sampler=name) for name in ("euler", "euler_ancestral", "dpmpp_2m_sde", "ddim", "uni_pc")},
-    **{f"scheduler {name}": partial(models.sample, scheduler=name) for name in ("karras", "beta")},
+    **{f"KSampler {name}": partial(models.sample, sampler=name, steps=3) for name in comfy.samplers.SAMPLER_NAMES},
+    **{f"scheduler {name}": partial(models.sample, scheduler=name, steps=3) for name in comfy.samplers.SCHEDULER_NAMES},
     "batch of three": partial(models.sample, batch=3),
     "without uncond": partial(models.sample, cfg=1.0),
     "img2img": from_picture,
@@ -138,11 +138,13 @@ WAYS: dict[str, Callable] = {
 
 
 class Situation(NamedTuple):
-    """`model()` a loaded model, `plain(model)` a graph without our node on it, `run(acting, model)` what happens with it."""
+    """`model()` a loaded model, `plain(model)` a graph without our node on it, `run(acting, model)` what happens with it, `nodes` how many
+    of our node are chained."""
 
     model: Callable
     plain: Callable
     run: Callable
+    nodes: int = 1
 
 
 class Failure(Exception):
@@ -259,6 +261,8 @@ def another_clone_between(acting, model):
 
 SITUATIONS: dict[str, Situation] = {
     "a run": Situation(loaded, models.sample, samples),
+    "two in a chain": Situation(loaded, models.sample, samples, nodes=2),
+    "quantised weights": Situation(partial(loaded, models.build_quantised), models.sample, samples),
     "interrupt": Situation(loaded, models.sample, interrupted),
     "error in a step": Situation(loaded, models.sample, failing),
     **{
