@@ -88,8 +88,12 @@ class Stack:
         """One strength per adapter, in the order they were given in."""
         self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
 
-    def __call__(self, y: Tensor, fresh: bool, x: Tensor) -> Tensor:
-        """`y` (..., out) or (B, out, *size) plus the adapters' part of `x`; written in place where nobody else holds y (`fresh`)."""
+    def __call__(self, y: Tensor, fresh: bool, *args, **kwargs) -> Tensor:
+        """`y` (..., out) or (B, out, *size) plus the adapters' part of x; written in place where nobody else holds y (`fresh`).
+
+        x is the layer's first argument, by place or by whatever name its caller used.
+        """
+        x = args[0] if args else next(iter(kwargs.values()))
         self._follow(x)
         if not (fresh and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)

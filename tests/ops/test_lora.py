@@ -79,6 +79,11 @@ def test_convolution_equals_the_merged_weight(kernel, options):
     torch.testing.assert_close(y, convolve(x, merged, **options), rtol=1e-5, atol=1e-4)
 
 
+def test_input_given_by_name():
+    x, y = random(3, 5), torch.zeros(3, 6)
+    assert torch.equal(stack(factors())(y.clone(), True, input=x), stack(factors())(y.clone(), True, x))
+
+
 def test_convolution_in_channels_last():
     x = random(2, 5, 8, 8).to(memory_format=torch.channels_last)
     adapter, base = factors(6, 5, 2, kernel=(3, 3)), random(6, 5, 3, 3, seed=9)
