@@ -9,6 +9,7 @@ import logging
 import math
 import pickle
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
+from safetensors import SafetensorError
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..ops.lora import Factors, Stack, merge_middle
@@ -39,6 +41,8 @@ OTHER_KINDS = {
     "DoRA": r"\.dora_scale$",
     DIFFERENCE: r"\.diff(_b)?$|\.[wb]_norm$|\.set_weight$",
 }
+# What the host's readers raise for bytes that are no LoRA. Others, such as running out of memory, are not the file's fault.
+DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, struct.error)
 KEYS_SHOWN = 3
 
 
@@ -84,7 +88,11 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(
             f"'{path.name}' holds more than tensors and was not opened, because opening it could run code. Ask for it as safetensors."
         ) from error
-    except Exception as error:
+    except OSError as error:
+        raise AdapterError(
+            f"'{path.name}' cannot be opened ({error}). Check that it is still there and may be read. It lies at {path}."
+        ) from error
+    except DAMAGED as error:
         reason = str(error).strip().splitlines()
         raise AdapterError(
             f"'{path.name}' cannot be read ({reason[0] if reason else type(error).__name__}). It is damaged, cut short or no LoRA: "

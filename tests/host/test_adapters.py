@@ -261,6 +261,21 @@ class TestReading:
         with pytest.raises(AdapterError, match=f"slider{suffix}"):
             adapters.read(path)
 
+    @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+    def test_file_that_went_away_is_not_called_damaged(self, tmp_path, suffix):
+        with pytest.raises(AdapterError, match="cannot be opened") as error:
+            adapters.read(tmp_path / f"slider{suffix}")
+        assert "damaged" not in str(error.value)
+        assert str(tmp_path) in str(error.value)
+
+    def test_running_out_of_memory_is_not_the_files_fault(self, good):
+        class Path(type(good)):
+            def __str__(self):
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            adapters.read(Path(good))
+
     @pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, {}])
     def test_pt_that_is_no_dictionary_of_tensors(self, tmp_path, content):
         torch.save(content, tmp_path / "slider.pt")
