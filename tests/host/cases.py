@@ -13,18 +13,28 @@ from concept_nodes.nodes.sliders import Slider
 class Case(NamedTuple):
     """An effect node on a MODEL.
 
-    acts      -> the model with a clear effect; `sign` -1 turns it the other way
+    execute   -> the node's whole output for settings with a clear effect
+    tells     what its report must hold with these settings
     neutral   settings that must do nothing -> the model with them
     reference the host's own way to the same model, where there is one
     """
 
-    acts: Callable
+    execute: Callable
+    tells: tuple[str, ...]
     neutral: dict[str, Callable]
     reference: Callable | None = None
 
+    def acts(self, model):
+        """The model with a clear effect."""
+        return self.execute(model).result[0]
 
-def slide(model, strength=0.8, start=0.0, end=1.0, **lora):
-    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora)).result[0]
+
+def slider(model, strength=0.8, start=0.0, end=1.0, **lora):
+    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora))
+
+
+def slide(*args, **options):
+    return slider(*args, **options).result[0]
 
 
 def stock_lora(model, strength=0.8, **lora):
@@ -33,7 +43,8 @@ def stock_lora(model, strength=0.8, **lora):
 
 EFFECTS = {
     "ConceptNodes_Slider": Case(
-        acts=lambda model, sign=1: slide(model, 0.8 * sign),
+        execute=slider,
+        tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
         neutral={
             "strength 0": lambda model: slide(model, 0.0),
             "empty window": lambda model: slide(model, start=0.5, end=0.5),

@@ -96,10 +96,12 @@ def test_law_4_nothing_is_mutated(node_id, situation):
 
 @each_effect
 def test_law_5_says_what_was_done(node_id, plain):
-    node = BY_ID[node_id]
-    assert "report" in [output.id for output in node.define_schema().outputs]
-    acting = cases.EFFECTS[node_id].acts(plain)
-    told = BY_ID["ConceptNodes_RunReport"].execute({"samples": models.sample(acting, steps=3)})
+    case = cases.EFFECTS[node_id]
+    output = case.execute(plain)
+    report = output.result[[output.id for output in BY_ID[node_id].define_schema().outputs].index("report")]
+    assert [part for part in case.tells if part not in report] == []
+    assert output.ui.as_dict()["text"] == (report,)
+    told = BY_ID["ConceptNodes_RunReport"].execute({"samples": models.sample(output.result[0], steps=3)})
     assert "3 of 3 steps" in told.result[1]
     assert told.ui.as_dict()["text"] == (told.result[1],)
 
