@@ -1,5 +1,7 @@
 """A run's record is found again from the latent that came out of it, however the host hands that latent on."""
 
+from collections import OrderedDict
+
 import cases
 import comfy.nested_tensor
 import comfy.samplers
@@ -17,6 +19,12 @@ from concept_nodes.nodes.run_report import RunReport
 @pytest.fixture(scope="module")
 def plain():
     return models.build()
+
+
+@pytest.fixture(autouse=True)
+def _no_record_of_other_tests(monkeypatch):
+    """A run in which nothing could act ends in the plain model's latent, and its record is kept under that."""
+    monkeypatch.setattr(run_record, "_records", OrderedDict())
 
 
 def report(samples) -> str:
