@@ -2,12 +2,14 @@
 
 A node hands an `Effect` to `attach`; nothing is touched until the model samples. Then:
 
-    ON_PRE_RUN    a `Run` resolves the effects' modules by name in the patcher that will sample (clones, deep copies, delegates and
-                  copies on further GPUs included), and a `Gate` takes the place of the model's `apply_model`
-    each call     the gate asks whose call it is and which effects act at its sigma, puts a `Layer` in the place of every module's
-                  `forward` for as long as the call lasts, and takes them away again; a call in which nothing acts is the plain
-                  model's call
-    ON_CLEANUP    the gate goes
+    ON_PRE_RUN        a `Run` resolves the effects' modules by name and their windows by the schedule, in the patcher that will sample
+                      (clones, deep copies, delegates and copies on further GPUs included), and a `Gate` takes the place of the model's
+                      `apply_model`
+    ON_PREPARE_STATE  a gate that went with someone else's override comes back
+    each call         the gate asks whose call it is and which effects act at its sigma, puts a `Layer` in the place of every module's
+                      `forward` for as long as the call lasts, and takes them away again; a call in which nothing acts is the plain
+                      model's call
+    ON_CLEANUP        the gate goes
 
 While gradients are recorded, the layers stay until the next call or the end of the run: the backward pass may evaluate them again.
 
