@@ -9,6 +9,8 @@ from graphs import WORKFLOWS, example
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Notes live in the browser only.
 BROWSER_ONLY = {"Note", "MarkdownNote"}
+NARROWEST = 225  # pixels: Nodes 2.0 widens a narrower node, and it grows over its neighbour
+WIDEST = 1800  # pixels: a wider graph opens so small on a laptop's screen that the classic canvas leaves out all text
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -69,6 +71,11 @@ class TestExample:
     def test_no_node_lies_on_another(self, name):
         boxes = [(*node["pos"], *node["size"]) for node in saved(name)["nodes"]]
         for i, (x, y, width, height) in enumerate(boxes):
+            assert width >= NARROWEST
             for other_x, other_y, other_width, other_height in boxes[:i]:
                 apart = x >= other_x + other_width or other_x >= x + width or y >= other_y + other_height or other_y >= y + height
                 assert apart, f"a node at {(x, y)} lies on one at {(other_x, other_y)}"
+
+    def test_it_can_be_read_on_a_laptop_without_zooming(self, name):
+        nodes = saved(name)["nodes"]
+        assert max(node["pos"][0] + node["size"][0] for node in nodes) - min(node["pos"][0] for node in nodes) <= WIDEST
