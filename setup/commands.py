@@ -14,7 +14,7 @@ from pathlib import Path
 from . import SetupError, demo
 from .hosts import ROOT, Host, check_given, given_host
 from .install import Setup, default_home, make_folder
-from .server import Server, is_free
+from .server import PACK, Server, is_free
 
 TIERS = ("ops", "host", "server", "browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -124,7 +124,8 @@ def run_server(options) -> int:
         raise SetupError(f"Port {options.port} is taken: name another with --port.")
     ready = Ready()
     with Server(ready.host, ready.base("serve"), ready.variables, options.device, options.port) as server:
-        print(f"\nOpen {server.url} in a browser. Ctrl+C ends it. Files: {server.base}\n", flush=True)
+        example = f"{server.url}/?template=slider&source={PACK}"
+        print(f"\nOpen {example} in a browser. Ctrl+C ends it. Files: {server.base}\n", flush=True)
         return server.wait()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from concept_nodes.setup.server import free_port
+from concept_nodes.setup.server import PACK, free_port
 
 from pack import ROOT
 from pictures import pixels
@@ -78,7 +78,8 @@ def test_a_given_host_is_untouched_and_ends_with_run_py(users_own, home, tmp_pat
     process = start(users_own, home, tmp_path, "serve", "--port", str(port))
     url, log = f"http://127.0.0.1:{port}", tmp_path / "said.log"
     try:
-        wait_until(lambda: answers(f"{url}/object_info/ConceptNodes_Slider"), process, log)
+        wait_until(lambda: f"Open {url}/?template=slider&source={PACK} in a browser" in log.read_text(), process, log)
+        assert answers(f"{url}/object_info/ConceptNodes_Slider")
         assert answers(f"{url}/object_info/KSampler")
         process.send_signal(ending)  # to run.py alone: it is the one that must end the host
         process.wait(30)
