@@ -113,7 +113,7 @@ def check_numbers(strength: float, start_percent: float, end_percent: float) -> 
     """Raises ValueError that names the number that cannot be worked with."""
     for name, value, neutral in (("strength", strength, 0), ("start_percent", start_percent, 0), ("end_percent", end_percent, 1)):
         if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, which is no number to work with. Set it to a finite number, {neutral} for no effect.")
+            raise ValueError(f"{name} is {value}, which is no number to work with. Set it to a finite number; {neutral} is neutral.")
     for name, value in (("start_percent", start_percent), ("end_percent", end_percent)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value:g}. Set it to a share of sampling from 0 to 1.")

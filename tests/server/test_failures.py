@@ -81,7 +81,7 @@ class TestEachFailureSaysWhatToDo:
     @pytest.mark.parametrize(
         "strength, advice",
         [
-            (float("nan"), "strength is nan, which is no number to work with. Set it to a finite number, 0 for no effect."),
+            (float("nan"), "strength is nan, which is no number to work with. Set it to a finite number; 0 is neutral."),
             (float("inf"), "Value inf bigger than max of 10.0: strength"),
             (11.0, "Value 11.0 bigger than max of 10.0: strength"),
             ("strong", "Failed to convert an input value to a FLOAT value: strength, strong"),
