@@ -25,7 +25,6 @@ class Host(NamedTuple):
     def environment(self, home: Path) -> dict[str, str]:
         """Environment variables for a process of this host. Bytecode and caches of a host that is not ours go to `home`, never into it."""
         variables = dict(os.environ, COMFYUI_PATH=str(self.path))
-        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self.private:
             for name in ("PYTHONPATH", "PYTHONHOME"):
                 variables.pop(name, None)
