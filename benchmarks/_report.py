@@ -58,6 +58,15 @@ def share(hits: Sequence[bool] | torch.Tensor) -> Figure:
     return Figure(p, min(p, middle - half), max(p, middle + half), n)
 
 
+def ratio(hits: Sequence[bool], base: Sequence[bool], *, resamples: int = 2000) -> Figure:
+    """A share of cases over that of the same cases under another treatment, with a bootstrap interval over the pairs."""
+    pairs = torch.tensor([hits, base], dtype=torch.float64)
+    draws = torch.randint(pairs.shape[1], (resamples, pairs.shape[1]), generator=torch.Generator().manual_seed(0))
+    ratios = pairs[0][draws].mean(1) / pairs[1][draws].mean(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(float(pairs[0].mean() / pairs[1].mean()), low, high, pairs.shape[1])
+
+
 def machine() -> str:
     """The machine in words: processor, cores, GPU if one is used, torch."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
