@@ -84,6 +84,17 @@ def twirl(pictures: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(pictures, torch.stack([2 * u / w - 1, 2 * v / h - 1], -1), padding_mode="border", align_corners=False)
 
 
+def jitter(pictures: torch.Tensor) -> torch.Tensor:
+    """Each cell of three to five pixels taken from up to three pixels away."""
+    n, _, h, w = pictures.shape
+    size = 3 + int(torch.randint(3, ()))
+    shift = 6 * torch.rand(n, 2, h // size + 1, w // size + 1, device=pictures.device) - 3
+    across, down = shift.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :h, :w].unbind(1)
+    y, x = torch.meshgrid(torch.arange(h, device=pictures.device) + 0.5, torch.arange(w, device=pictures.device) + 0.5, indexing="ij")
+    grid = torch.stack([2 * (x + across) / w - 1, 2 * (y + down) / h - 1], -1)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
 def bite(pictures: torch.Tensor) -> torch.Tensor:
     """Squares of eight to sixteen pixels copied from elsewhere in the picture."""
     spoilt = pictures.clone()
@@ -128,6 +139,7 @@ TAUGHT = {
     "halves": halves,
     "mosaic": mosaic,
     "twirl": twirl,
+    "jitter": jitter,
     "bite": bite,
 }
 UNSEEN = {"shuffle": shuffle, "warp": warp, "streaks": streaks}

@@ -174,7 +174,7 @@ class Bank:
         size: int | None = None,
         chunk: int = 2000,
     ):
-        size = size or (60_000 if device == "cuda" else 16_000)
+        size = size or (60_000 if device == "cuda" else 10_000)
         self.device, self.parts = device, []
         for (height, width), (counts, share) in self.SHARES.items():
             left, scenes, pictures, rebuilt = size * share // 1000, [], [], []
