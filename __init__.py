@@ -23,7 +23,7 @@ async def comfy_entrypoint():
     from .host import lab
     from .nodes import NODES
 
-    lab.show_loras()
+    lab.show_files()
 
     class ConceptNodes(ComfyExtension):
         async def get_node_list(self):

@@ -166,5 +166,5 @@ def shipped() -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    lab.show_loras()
+    lab.show_files()
     return _report.run("slider", argv, _measure, claims())

@@ -37,11 +37,11 @@ VAE_CONFIG = {
     "in_channels": 3,
     "out_ch": 3,
     "ch": 32,
-    "ch_mult": [1, 2, 2, 2],
     "num_res_blocks": 1,
     "attn_resolutions": [],
     "dropout": 0.0,
 }
+VAE_CONFIGS = {"vae": VAE_CONFIG | {"ch_mult": [1, 2, 2, 2]}}
 UNET_CONFIG = {
     "image_size": 32,
     "in_channels": 4,
@@ -79,7 +79,18 @@ DIT_CONFIG = {
     "guidance_embed": False,
     "txt_ids_dims": [],
 }
+# Colours (-1 to 1) of the four latent channels and of none, least squares over an autoencoder's own pictures: for the host's previews.
+PREVIEW_COLOURS = {
+    "vae": [
+        [-0.7234, -0.6527, -0.5334],
+        [-1.0611, -1.1344, -1.1092],
+        [0.5851, 0.7393, 0.9089],
+        [-0.2781, -0.2935, -0.223],
+        [0.0105, -0.0343, -0.0624],
+    ],
+}
 MODELS = ("unet", "dit")
+VAES = {"unet": "vae", "dit": "vae"}  # the autoencoder of each model
 
 
 class LabModel(NamedTuple):
@@ -143,11 +154,16 @@ def full_embedding(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def build_vae_module() -> torch.nn.Module:
+def downscale(name: str) -> int:
+    """Pixels a side for each latent cell of a model, or of the autoencoder of this name."""
+    return 2 ** (len(VAE_CONFIGS[VAES.get(name, name)]["ch_mult"]) - 1)
+
+
+def build_vae_module(name: str = "vae") -> torch.nn.Module:
     """The host's KL autoencoder at the lab's width, weights not set."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    return AutoencoderKL(ddconfig=VAE_CONFIG, embed_dim=4)
+    return AutoencoderKL(ddconfig=VAE_CONFIGS[name], embed_dim=4)
 
 
 def build_unet_module() -> torch.nn.Module:
@@ -174,8 +190,19 @@ def tokenizer():
     return CLIPTokenizer.from_pretrained(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer")
 
 
-def _model_config(name: str):
+def _latent_format(name: str):
+    """Stable Diffusion 1.5's format at a model's scale, with the lab's colours for the host's previews."""
     import comfy.latent_formats
+
+    latent = comfy.latent_formats.SD15()
+    latent.spacial_downscale_ratio = downscale(name)
+    colours = PREVIEW_COLOURS[VAES[name]]
+    latent.latent_rgb_factors, latent.latent_rgb_factors_bias = colours[:-1], colours[-1]
+    latent.taesd_decoder_name = None
+    return latent
+
+
+def _model_config(name: str):
     import comfy.supported_models
 
     if name == "unet":
@@ -185,7 +212,7 @@ def _model_config(name: str):
     else:
         config = comfy.supported_models.FluxSchnell(DIT_CONFIG)
         config.unet_config = dict(DIT_CONFIG)
-        config.latent_format = comfy.latent_formats.SD15()
+    config.latent_format = _latent_format(name)
     return config
 
 
@@ -258,33 +285,35 @@ def _clip_patcher(weights: str | None = None, disable_dynamic: bool = False):
     return load_clip(weights, disable_dynamic).patcher
 
 
-def load_vae(weights: str | None = None):
+def load_vae(name: str = "vae", weights: str | None = None):
     """VAE: the host's class around its KL autoencoder at the lab's width."""
     import comfy.sd
 
-    path = Path(weights) if weights else WEIGHTS / "vae.safetensors"
+    path = Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
     tensors, _ = read_weights(path)
     with torch.device("meta"):
-        check_tensors(path, tensors, build_vae_module().state_dict())
+        check_tensors(path, tensors, build_vae_module(name).state_dict())
     vae = comfy.sd.VAE(
-        sd={key: tensor.float() for key, tensor in tensors.items()}, config={"params": {"ddconfig": dict(VAE_CONFIG), "embed_dim": 4}}
+        sd={key: tensor.float() for key, tensor in tensors.items()},
+        config={"params": {"ddconfig": dict(VAE_CONFIGS[name]), "embed_dim": 4}},
     )
-    vae.patcher.cached_patcher_init = (_vae_patcher, (weights,))
+    vae.downscale_ratio = vae.upscale_ratio = downscale(name)
+    vae.patcher.cached_patcher_init = (_vae_patcher, (name, weights))
     return vae
 
 
-def _vae_patcher(weights: str | None = None, disable_dynamic: bool = False):
-    return load_vae(weights).patcher
+def _vae_patcher(name: str = "vae", weights: str | None = None, disable_dynamic: bool = False):
+    return load_vae(name, weights).patcher
 
 
 def load(name: str) -> LabModel:
     """A lab model by name. Raises LabError that lists the names."""
     if name not in MODELS:
         raise LabError(unknown(name))
-    return LabModel(load_model(name), load_clip(), load_vae())
+    return LabModel(load_model(name), load_clip(), load_vae(VAES[name]))
 
 
-def show_loras() -> None:
+def show_files() -> None:
     """Let the host list the lab's own LoRA files, as `concept_lab/<name>.safetensors`."""
     import folder_paths
 
@@ -298,5 +327,5 @@ def unknown(name: str) -> str:
 
 def fingerprint(name: str) -> list[tuple[str, int, int]]:
     """Size and time of a lab model's files, so that retrained weights are seen."""
-    files = [WEIGHTS / f"{part}.safetensors" for part in (name, "text", "vae")]
+    files = [WEIGHTS / f"{part}.safetensors" for part in (name, "text", VAES[name])]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]

@@ -1,4 +1,5 @@
-"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, unet, dit; then slider NAME, and measure.
+"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, unet, dit, unet_edges;
+then slider NAME, measure, and export. `decoder` goes on with the autoencoder's decoder alone, which leaves latents as they are.
 
 A stage reads what earlier ones left in its folder and writes there; the weights that ship are replaced only by copying them over.
 """
@@ -7,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
-from ..host.lab import WEIGHTS
+from ..host.lab import MODELS, WEIGHTS
+from .eye import NETS
 
 RUNS = Path(__file__).resolve().parent / "runs"
-STAGES = ("pools", "vae", "text", "eye", "unet", "dit", "measure")
+TRAININGS = ("vae", "decoder", "text", *NETS, *MODELS, "unet_edges")
+READS_SHIPPED = ("measure", "export")
 
 
 def main(argv: list[str]) -> int:
@@ -21,9 +25,10 @@ def main(argv: list[str]) -> int:
 
         return slider(argv[1:])
     parser = argparse.ArgumentParser(prog="run.py lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "slider"), help="what to do; `slider --help` has options of its own")
+    stages = ("pools", *TRAININGS, "slider", *READS_SHIPPED)
+    parser.add_argument("stage", choices=stages, help="what to do; `slider --help` has options of its own")
     parser.add_argument(
-        "--folder", type=Path, help="where pools, states and weights are kept (default: lab/runs; measure: the shipped weights)"
+        "--folder", type=Path, help="where pools, states and weights are kept (default: lab/runs; measure and export: the shipped weights)"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=4000)
@@ -31,33 +36,51 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--finish", action="store_true", help="anneal to the end of this leg's minutes")
     parser.add_argument("--batch", type=int, default=64, help="pictures of 64 px a step; larger canvases take fewer")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--start", type=Path, help="folder of earlier weights to begin from, wherever names and shapes fit")
     parser.add_argument("--total", type=int, default=200_000, help="scenes in the pools")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RUNS, help="where measure puts its sheets and export its folders")
     options = parser.parse_args(argv)
-    options.folder = options.folder or (WEIGHTS if options.stage == "measure" else RUNS)
+    folder = options.folder or (WEIGHTS if options.stage in READS_SHIPPED else RUNS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if options.stage == "pools":
         from .pools import make_pools
 
-        make_pools(options.total, options.folder, workers=options.workers)
-        return 0
-    if options.stage == "measure":
+        make_pools(options.total, folder, workers=options.workers)
+    elif options.stage == "measure":
         from .measure import main as measure
 
-        return measure(options.folder, RUNS)
-    settings = {key: getattr(options, key) for key in ("device", "steps", "minutes", "finish", "batch")}
-    if options.lr:
-        settings["lr"] = options.lr
-    if options.stage == "vae":
-        from .train_vae import train
-    elif options.stage == "text":
-        from .train_text import train
-    elif options.stage == "eye":
-        from .train_eye import train
-    else:
-        from .train_denoiser import train as denoiser
+        return measure(folder, options.output)
+    elif options.stage == "export":
+        from .export import export
 
-        denoiser(options.stage, options.folder, **settings)
-        return 0
-    train(options.folder, **settings)
+        export(options.output / "diffusers", folder)
+    else:
+        settings = {key: getattr(options, key) for key in ("device", "steps", "minutes", "finish", "batch")}
+        settings |= {key: getattr(options, key) for key in ("lr", "start") if getattr(options, key)}
+        if options.start and options.stage in ("decoder", "text", "unet_edges"):
+            parser.error(f"--start is not for {options.stage}: it begins from the other weights in --folder anyway.")
+        _training(options.stage)(folder, **settings)
     return 0
+
+
+def _training(stage: str):
+    if stage == "vae":
+        from .train_vae import train
+    elif stage == "decoder":
+        from .train_vae import train as of_vae
+
+        train = partial(of_vae, decoder_only=True)
+    elif stage == "text":
+        from .train_text import train
+    elif stage in NETS:
+        from .train_eye import train as of_eye
+
+        train = partial(of_eye, stage)
+    elif stage in MODELS:
+        from .train_denoiser import train as of_denoiser
+
+        train = partial(of_denoiser, stage)
+    else:
+        from .train_control import train
+    return train

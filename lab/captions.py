@@ -333,6 +333,27 @@ class Writer:
         return f"{things[0]} {word} {things[1]}"
 
 
+WAYS = ("plain", "synonym", "misspelt", "word-free")  # `synonym`: one that was held out of the image models' training
+ONE_WAY = {"shape": SHAPE_WORDS, "colour": COLOUR_WORDS, "style": STYLE_WORDS}
+
+
+class OneWay(Writer):
+    """Writes complete, plain captions in which one attribute (a key of `ONE_WAY`) is said in one of `WAYS`."""
+
+    def __init__(self, way: str, attribute: str, rng: random.Random):
+        super().__init__(COMPLETE, rng)
+        self.way, self.words = way, ONE_WAY[attribute]
+
+    def _name(self, words: Wordings, described: bool = True) -> tuple[str, bool]:
+        if words not in self.words.values() or self.way == "plain":
+            return words.plain, False
+        if self.way == "synonym":
+            return self.rng.choice(words.held_synonyms), False
+        if self.way == "misspelt":
+            return misspell(words.plain, self.rng), False
+        return self.rng.choice(words.described + words.held_described), True
+
+
 def describe(scenes: Scenes) -> list[tuple[list[dict], str, str]]:
     """The words that are true of each scene: per scene (items, background word, style), items in slot order. Characters have no words and
     are left out.

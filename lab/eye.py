@@ -1,6 +1,6 @@
 """The eye: reads a picture of the lab back into the words of its scene.
 
-A small convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it
+A convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it
 reads the background's lightness and the style, and judges validity: whether this could be a drawn scene at all, or is smeared, merged,
 noisy or blank.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .scenes import BACKGROUNDS, COLOURS, FILLS, KINDS, MAX_DIAMETER, STYLES
+from .scenes import BACKGROUND_RANGES, BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, MAX_DIAMETER, SIZE_RANGES, STYLES
 
 CELL = 4  # pixels per cell of the grid
 HEADS = {"heat": 1, "kind": len(KINDS), "colour": len(COLOURS), "fill": len(FILLS), "diameter": 1, "offset": 2}
@@ -45,9 +45,17 @@ class Reading:
     objects: list[Seen] = field(default_factory=list)
 
     def background_word(self) -> str:
-        from .scenes import BACKGROUND_RANGES
-
         return BACKGROUNDS[min(range(len(BACKGROUNDS)), key=lambda i: abs(sum(BACKGROUND_RANGES[i]) / 2 - self.background))]
+
+
+def cell_of(x: float, y: float) -> tuple[str, str]:
+    """The named cell of a point given in shares of the canvas."""
+    return CELLS[0][(x >= 0.4) + (x > 0.6)], CELLS[1][(y >= 0.4) + (y > 0.6)]
+
+
+def size_word(diameter: float) -> int:
+    """Index into SIZES of a diameter in pixels."""
+    return min(range(len(SIZE_RANGES)), key=lambda i: abs(sum(SIZE_RANGES[i]) / 2 - diameter))
 
 
 def attribute(slider: str, reading: Reading) -> float:
@@ -94,18 +102,22 @@ class EyeNet(nn.Module):
         return grid, scene
 
 
+NETS = {"eye": EyeNet}
+
+
 class Eye:
     """A trained eye. `read` takes pictures as the host has them, (N, H, W, 3) in 0..1, of any multiple of eight pixels a side."""
 
-    def __init__(self, net: EyeNet):
+    def __init__(self, net: nn.Module):
         self.net = net.eval()
 
     @classmethod
-    def load(cls, path: Path | None = None, device: str = "cpu") -> Eye:
+    def load(cls, name: str = "eye", folder: Path | None = None, device: str = "cpu") -> Eye:
+        """The eye of this name, from a folder of weights (default: the shipped ones)."""
         from ..host.lab import WEIGHTS, read_weights
 
-        tensors, _ = read_weights(path or WEIGHTS / "eye.safetensors")
-        net = EyeNet()
+        tensors, _ = read_weights((folder or WEIGHTS) / f"{name}.safetensors")
+        net = NETS[name]()
         net.load_state_dict({key: value.float() for key, value in tensors.items()})
         return cls(net.to(device))
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..host import lab as host_lab
-from .captions import COMPLETE, Wording, Writer, write_captions
-from .eye import Eye, Reading
-from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, SIZE_RANGES, STYLES, Scenes, sample_scenes
+from .captions import COMPLETE, ONE_WAY, OneWay, Wording, Writer, write_captions
+from .eye import Eye, Reading, cell_of, size_word
+from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, STYLES, Scenes, sample_scenes
 
 log = logging.getLogger("concept_nodes.lab")
 
@@ -41,6 +42,21 @@ def ask(n: int, *, objects: int, size: int, seed: int, wording: Wording = COMPLE
     return Asked(scenes, captions)
 
 
+def ask_in(way: str, n: int, *, size: int, seed: int) -> list[tuple[str, Asked]]:
+    """[(attribute, Asked)] of n one-object scenes in all, a third each with only the shape, only the colour, or only the style said in
+    another way (one of `captions.WAYS`), the rest plainly. The same seed gives the same scenes in every way.
+    """
+    asked = []
+    for at, attribute in enumerate(ONE_WAY):
+        whole = ask(2 * n, objects=1, size=size, seed=seed + at).scenes
+        if attribute == "style":
+            whole = whole[whole.style != STYLES.index("flat")]
+        scenes = whole[: n // len(ONE_WAY)]
+        captions, _ = write_captions(scenes, OneWay(way, attribute, random.Random(seed)))
+        asked.append((attribute, Asked(scenes, captions)))
+    return asked
+
+
 @torch.inference_mode()
 def draw_latents(
     lab,
@@ -56,7 +72,9 @@ def draw_latents(
     sampler: str = "euler",
     scheduler: str = "normal",
 ) -> torch.Tensor:
-    """Latents (N, 4, size / 8, size / 8) for captions through the host's sampler: picture i starts from noise of seeds[i], or seed + i."""
+    """Latents (N, 4, h, w) for captions through the host's sampler, h and w as the model's autoencoder has them: picture i starts from
+    noise of seeds[i], or seed + i.
+    """
     import comfy.sample
 
     def encode(text):
@@ -64,7 +82,8 @@ def draw_latents(
 
     empty, empty_pooled = encode("")
     seeds = seeds if seeds is not None else range(seed, seed + len(captions))
-    noise_of_all = torch.cat([torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(number)) for number in seeds])
+    side = size // lab.vae.spacial_compression_decode()
+    noise_of_all = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(number)) for number in seeds])
     latents = []
     for at in range(0, len(captions), batch):
         encoded = [encode(text) for text in captions[at : at + batch]]
@@ -86,19 +105,18 @@ def draw(lab, captions: list[str], **settings) -> torch.Tensor:
     return torch.cat([lab.vae.decode(part).cpu() for part in draw_latents(lab, captions, **settings).split(64)])
 
 
-def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
-    """Shares of pictures that hold what was asked. For one object, each attribute; for more, `bind` (the exact set of shape-colour pairs)
+def hits(asked: Asked, readings: list[Reading]) -> dict[str, list[bool]]:
+    """Per picture, whether it holds what was asked. For one object, each attribute; for more, `bind` (the exact set of shape-colour pairs)
     and `place` (every one in its cell).
     """
     scenes, right = asked.scenes, {}
 
     def tally(key, ok):
-        right.setdefault(key, []).append(float(ok))
+        right.setdefault(key, []).append(bool(ok))
 
     columns, rows, sizes, backgrounds = scenes.column(), scenes.row(), scenes.size_word(), scenes.background_word()
     for i, reading in enumerate(readings):
-        count = int(scenes.count[i])
-        wanted = [(KINDS[int(scenes.kind[i, k])], COLOURS[int(scenes.colour[i, k])]) for k in range(count)]
+        count, wanted = int(scenes.count[i]), pairs(scenes, i)
         tally("valid", reading.valid > 0.5)
         tally("background", reading.background_word() == BACKGROUNDS[int(backgrounds[i])])
         tally("style", reading.style == STYLES[int(scenes.style[i])])
@@ -121,17 +139,45 @@ def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
         tally("place", placed == count)
         tally("size", size_right == count)
         tally("fill", fill_right == count)
-    return {key: sum(values) / len(values) for key, values in right.items()}
+    return right
 
 
-def cell_of(x: float, y: float) -> tuple[str, str]:
-    """The named cell of a point given in shares of the canvas."""
-    return CELLS[0][(x >= 0.4) + (x > 0.6)], CELLS[1][(y >= 0.4) + (y > 0.6)]
+def score(asked: Asked, readings: list[Reading]) -> dict[str, float]:
+    """Shares of pictures that hold what was asked: the means of `hits`."""
+    return {key: sum(values) / len(values) for key, values in hits(asked, readings).items()}
 
 
-def size_word(diameter: float) -> int:
-    """Index into SIZES of a diameter in pixels."""
-    return min(range(len(SIZE_RANGES)), key=lambda i: abs(sum(SIZE_RANGES[i]) / 2 - diameter))
+def pairs(scenes: Scenes, i: int) -> list[tuple[str, str]]:
+    """The (shape, colour) pairs of a scene's objects, in slot order."""
+    return [(KINDS[int(scenes.kind[i, k])], COLOURS[int(scenes.colour[i, k])]) for k in range(int(scenes.count[i]))]
+
+
+FAULTS = ("missing", "extra", "swapped", "colour leaked", "colour wrong", "shape leaked", "shape wrong", "misplaced")
+
+
+def faults(asked: Asked, readings: list[Reading]) -> dict[str, list[bool]]:
+    """Per picture, what went wrong: objects missing or extra; with the right number of them, shapes and colours right but `swapped`, a
+    wrong colour or shape that another asked object has (`leaked`) or none has (`wrong`); bound rightly, but not every one in its cell.
+    """
+    told = {fault: [] for fault in FAULTS}
+    placed = hits(asked, readings)["place"]
+    for i, reading in enumerate(readings):
+        wanted, seen = pairs(asked.scenes, i), [(o.kind, o.colour) for o in reading.objects]
+        found = {"missing": len(seen) < len(wanted), "extra": len(seen) > len(wanted)}
+        if len(seen) == len(wanted):
+            wrong = []
+            for part, name in ((0, "shape"), (1, "colour")):
+                asked_for = [pair[part] for pair in wanted]
+                surplus = Counter(pair[part] for pair in seen) - Counter(asked_for)
+                found[f"{name} leaked"] = any(value in asked_for for value in surplus)
+                found[f"{name} wrong"] = any(value not in asked_for for value in surplus)
+                wrong.append(bool(surplus))
+            bound = sorted(seen) == sorted(wanted)
+            found["swapped"] = not any(wrong) and not bound
+            found["misplaced"] = bound and not placed[i]
+        for fault in FAULTS:
+            told[fault].append(found.get(fault, False))
+    return told
 
 
 def sheet(pictures: torch.Tensor, path: Path, columns: int = 12) -> None:
@@ -154,11 +200,11 @@ ROWS = ((64, 1), (64, 2), (128, 1), (128, 2), (128, 3))  # (canvas, objects)
 
 def measure_model(name: str, folder: Path, output: Path | None = None, n: int = 256, rows=ROWS) -> dict[tuple[int, int], dict[str, float]]:
     """Scores of one lab model by (canvas, objects), n captions each, with the weights in `folder`; sheets of pictures go to `output`."""
-    eye = Eye.load(folder / "eye.safetensors")
+    eye = Eye.load(folder=folder)
     lab = host_lab.LabModel(
         host_lab.load_model(name, str(folder / f"{name}.safetensors")),
         host_lab.load_clip(str(folder / "text.safetensors")),
-        host_lab.load_vae(str(folder / "vae.safetensors")),
+        host_lab.load_vae(host_lab.VAES[name], str(folder / f"{host_lab.VAES[name]}.safetensors")),
     )
     scores = {}
     for size, objects in rows:

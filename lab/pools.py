@@ -128,7 +128,16 @@ def make_pools(total: int, folder: Path, *, seed: int = 1, workers: int = 2) -> 
         values = [torch.from_numpy(np.concatenate([part[1][i] for part in parts])) for i in range(len(parts[0][1]))]
         tokens = torch.from_numpy(np.concatenate([part[2] for part in parts]).astype(np.int32))
         orders = torch.from_numpy(np.concatenate([part[3] for part in parts]))
-        torch.save({"bucket": bucket, "values": values, "tokens": tokens, "orders": orders}, folder / f"pool_{bucket[0]}x{bucket[1]}.pt")
+        torch.save({"bucket": bucket, "values": values, "tokens": tokens, "orders": orders}, folder / _file_name(*bucket))
+
+
+def _file_name(height: int, width: int) -> str:
+    return f"pool_{height}x{width}.pt"
+
+
+def pool_file(pool: Pool) -> str:
+    """Name of the file that a pool was read from."""
+    return _file_name(pool.scenes.height, pool.scenes.width)
 
 
 def read_pools(folder: Path) -> dict[tuple[int, int], Pool]:
@@ -141,9 +150,10 @@ def read_pools(folder: Path) -> dict[tuple[int, int], Pool]:
 
 
 class Bank:
-    """Pictures drawn once and kept as bytes on the device: training on pictures then waits for no drawing.
+    """Pictures drawn once and kept as bytes on the device: training on pictures then waits for no drawing. With `rebuild` (pictures in
+    and out) what it gives back of each is kept beside it.
 
-    `shares`: (height, width) -> ({objects: weight}, how many pictures per 1,000 of `size`).
+    `SHARES`: (height, width) -> ({objects: weight}, how many pictures per 1,000 of `size`).
     """
 
     SHARES = {
@@ -153,11 +163,21 @@ class Bank:
         (128, 128): ({1: 0.2, 3: 0.3, 6: 0.5}, 160),
     }
 
-    def __init__(self, device, generator, *, characters: float, any_background: bool = False, size: int | None = None, chunk: int = 2000):
-        size = size or (60_000 if device == "cuda" else 6_000)
+    def __init__(
+        self,
+        device,
+        generator,
+        *,
+        characters: float,
+        any_background: bool = False,
+        rebuild=None,
+        size: int | None = None,
+        chunk: int = 2000,
+    ):
+        size = size or (60_000 if device == "cuda" else 10_000)
         self.device, self.parts = device, []
         for (height, width), (counts, share) in self.SHARES.items():
-            left, scenes, pictures = size * share // 1000, [], []
+            left, scenes, pictures, rebuilt = size * share // 1000, [], [], []
             while left > 0:
                 part = sample_scenes(
                     min(chunk, left),
@@ -168,16 +188,21 @@ class Bank:
                     any_background=any_background,
                     generator=generator,
                 ).to(device)
-                pictures.append((render(part) * 255).round().to(torch.uint8))
+                drawn = render(part)
+                pictures.append((drawn * 255).round().to(torch.uint8))
+                if rebuild:
+                    rebuilt += [(rebuild(some) * 255).round().to(torch.uint8) for some in drawn.split(64)]
                 scenes.append(part)
                 left -= chunk
-            self.parts.append((cat_scenes(scenes), torch.cat(pictures)))
+            self.parts.append((cat_scenes(scenes), torch.cat(pictures), *([torch.cat(rebuilt)] if rebuild else [])))
         self.turn = 0
 
     def draw(self, n: int):
-        """The next random batch: (Scenes, pictures (m, 3, H, W) in 0..1), with m so that they hold about n * 64 * 64 pixels."""
-        scenes, pictures = self.parts[self.turn % len(self.parts)]
+        """The next random batch: (Scenes, pictures (m, 3, H, W) in 0..1, and their rebuilds where kept), with m so that they hold about
+        n * 64 * 64 pixels.
+        """
+        scenes, *kept = self.parts[self.turn % len(self.parts)]
         self.turn += 1
         m = max(1, n * 64 * 64 // (scenes.height * scenes.width))
-        rows = torch.randint(len(pictures), (m,)).to(self.device)
-        return scenes[rows], pictures[rows].float() / 255
+        rows = torch.randint(len(scenes), (m,)).to(self.device)
+        return scenes[rows], *(pictures[rows].float() / 255 for pictures in kept)

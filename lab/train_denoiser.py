@@ -5,19 +5,23 @@ leg.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..host import lab as host_lab
-from .pools import read_pools
+from .measure import sheet
+from .pools import pool_file, read_pools
 from .scenes import render
 from .train_text import load_encoder, states
 from .train_vae import LATENT_SCALE
-from .training import Leg, export, initialise, log, zero
+from .training import Leg, export, initialise, log, mixed, take_over, zero
 
 EMPTY_CHANCE = 0.10  # captions dropped, for classifier-free guidance
+SHEET_EVERY = 1000  # steps between sample sheets
+LONG_CHANCE = 0.05  # batches with an empty second window of tokens behind the first, as prompts over 77 tokens have
 SKIP_CHANCE = 0.10  # batches that read the text encoder's last layer but one, so that CLIP skip works
 
 
@@ -62,20 +66,26 @@ def new_unet() -> nn.Module:
     return module
 
 
-def new_dit() -> nn.Module:
-    """The Flux class with zeroed modulation. Its blocks add in place into what their norms saved for the backward pass, which makes
-    gradients wrong; a copy before each such norm mends that.
+def mend(module: nn.Module) -> None:
+    """Make the host's Flux classes trainable. Their blocks add in place into what their norms saved for the backward pass, which makes
+    gradients wrong: a copy before each such norm mends that. And their fast rotary code has no gradient.
     """
     import comfy.model_management
 
-    comfy.model_management.in_training = True  # the host's fast rotary code has no gradient
+    comfy.model_management.in_training = True
+    for name, part in module.named_modules():
+        if name.rsplit(".", 1)[-1] in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"):
+            part.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
+
+
+def new_dit() -> nn.Module:
+    """The Flux class with zeroed modulation, mended for training."""
     module = host_lab.build_dit_module()
     initialise(module)
+    mend(module)
     for name, part in module.named_modules():
         if name.endswith((".lin", "adaLN_modulation.1", "final_layer.linear")):
             zero(part)
-        if name.rsplit(".", 1)[-1] in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"):
-            part.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
         if hasattr(part, "scale") and isinstance(part.scale, nn.Parameter):
             nn.init.ones_(part.scale)
         if type(part).__name__ == "RMSNorm" and getattr(part, "weight", None) is not None:
@@ -87,20 +97,85 @@ KINDS = {"unet": (new_unet, unet_loss), "dit": (new_dit, dit_loss)}
 
 
 @torch.no_grad()
-def encode_pool(pool, vae, device, chunk: int = 1024) -> torch.Tensor:
+def encode_pool(pool, vae, device) -> torch.Tensor:
     """Latents of unit spread of every scene of a pool, (N, 4, h, w) half precision on the device."""
     parts = []
+    chunk = 1024 if device == "cuda" else 32  # a processor's caches hold no more
     for at in range(0, len(pool), chunk):
         scenes = pool.scenes[at : at + chunk].to(device)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with mixed(device):
             moments = vae.quant_conv(vae.encoder(render(scenes) * 2 - 1))
         parts.append((moments.chunk(2, 1)[0].float() * LATENT_SCALE).half())
     return torch.cat(parts)
 
 
-def load_vae(folder: Path, device: str) -> nn.Module:
-    tensors, _ = host_lab.read_weights(folder / "vae.safetensors")
-    module = host_lab.build_vae_module()
+def cached_latents(pool, kind: str, vae, device, folder: Path) -> torch.Tensor:
+    """`encode_pool`, kept in the folder from leg to leg for as long as pool and autoencoder stay the same."""
+    file = folder / f"latents_{host_lab.VAES[kind]}_{pool.scenes.height}x{pool.scenes.width}.pt"
+    encoder = hashlib.sha256()
+    for key, tensor in sorted(vae.state_dict().items()):
+        if key.startswith(("encoder.", "quant_conv.")):
+            encoder.update(tensor.cpu().numpy().tobytes())
+    told = [len(pool), encoder.hexdigest(), (folder / pool_file(pool)).stat().st_mtime_ns]
+    if file.exists():
+        kept = torch.load(file, map_location=device, weights_only=True)
+        if kept["of"] == told:
+            return kept["latents"]
+    latents = encode_pool(pool, vae, device)
+    torch.save({"of": told, "latents": latents}, file)
+    return latents
+
+
+SHEET = (
+    "a large red circle in the centre on a white background",
+    "a small blue star at the top left on a grey background",
+    "a medium green heart at the bottom right on a black background",
+    "a large striped yellow square on the right on a dark grey background",
+    "a large dotted pink triangle in the centre on a light grey background",
+    "a medium outlined cyan diamond on the left on a black background",
+    "a medium purple crescent at the top on a white background neon",
+    "a large orange cross at the bottom on a grey background shaded",
+    "a medium red square at the left side and a medium blue circle at the right side on a white background",
+    "a small green triangle at the top left and a large pink heart at the bottom right on a black background",
+    "a large yellow star above a small purple circle on a grey background",
+    "a small cyan cross on the left and a small orange star on the right on a white background vintage",
+)
+
+
+@torch.no_grad()
+def draw_sheet(kind: str, module, encoder, vae, device: str, path: Path, size: int = 64, steps: int = 20, cfg: float = 4.0) -> None:
+    """Draw SHEET as the model does now: 20 steps of DDIM (UNet) or Euler (DiT), the same noise every time."""
+    words = torch.tensor(host_lab.tokenizer()(list(SHEET), padding="max_length", max_length=77)["input_ids"], device=device)
+    empty = torch.tensor(host_lab.tokenizer()("", padding="max_length", max_length=77)["input_ids"], device=device).expand(len(SHEET), -1)
+    context, pooled = states(encoder, torch.cat([words, empty]))
+    side = size // host_lab.downscale(kind)
+    x = torch.randn(len(SHEET), 4, side, side, generator=torch.Generator().manual_seed(7)).to(device)
+    alphas = sd_alphas(device)
+    # Both are walked as x = a * clean + s * noise, from one (a, s) to the next.
+    if kind == "unet":
+        grid = torch.linspace(999, 0, steps + 1, device=device).long()
+        clean_share, noise_share = alphas[grid].sqrt(), (1 - alphas[grid]).sqrt()
+    else:
+        grid = torch.linspace(1, 0, steps + 1, device=device)
+        clean_share, noise_share = 1 - grid, grid
+    for i in range(steps):
+        with mixed(device):
+            now = grid[i].expand(2 * len(x))
+            drawn = module(x.repeat(2, 1, 1, 1), now, context, *(() if kind == "unet" else (pooled,))).float()
+        asked, plain = drawn.chunk(2)
+        drawn = plain + cfg * (asked - plain)
+        a, s = clean_share[i], noise_share[i]
+        clean, noise = ((x - s * drawn) / a, drawn) if kind == "unet" else (x - s * drawn, x + a * drawn)
+        x = clean_share[i + 1] * clean + noise_share[i + 1] * noise
+    pictures = vae.decoder(vae.post_quant_conv(x / LATENT_SCALE)).float() / 2 + 0.5
+    sheet(pictures.movedim(1, -1).cpu(), path, columns=6)
+
+
+def load_vae(folder: Path, device: str, kind: str = "unet") -> nn.Module:
+    """The autoencoder of a model, frozen."""
+    source = host_lab.VAES[kind]
+    tensors, _ = host_lab.read_weights(folder / f"{source}.safetensors")
+    module = host_lab.build_vae_module(source)
     module.load_state_dict({key: value.float() for key, value in tensors.items()})
     return module.to(device).eval().requires_grad_(False)
 
@@ -116,34 +191,39 @@ def train(
     batch: int,
     lr: float = 1e-3,
     seed: int = 13,
-    limit: int | None = None,
+    start: Path | None = None,
 ) -> None:
     torch.manual_seed(seed)
     make, loss_of = KINDS[kind]
-    encoder, vae = load_encoder(folder, device), load_vae(folder, device)
+    encoder, vae = load_encoder(folder, device), load_vae(folder, device, kind)
     pools, latents = [], []
     for pool in read_pools(folder).values():
-        if limit:
-            pool.scenes, pool.tokens, pool.orders = pool.scenes[:limit], pool.tokens[:limit], pool.orders[:limit]
-        latents.append(encode_pool(pool, vae, device))
+        latents.append(cached_latents(pool, kind, vae, device, folder))
         pools.append(pool.tokens.to(device).short())  # ids reach 49407: read back as unsigned
     log.info("%s: %d latents, spread %.3f", kind, sum(map(len, latents)), float(latents[0].float().std()))
     empty = torch.tensor(host_lab.tokenizer()("", padding="max_length", max_length=77)["input_ids"], device=device)
     alphas = sd_alphas(device)
-    module = make().to(device).train()
+    module = make()
+    take_over(module, start, kind)
+    module.to(device).train()
     leg = Leg(kind, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, average=0.9995)
     sizes = torch.tensor([float(len(latent)) for latent in latents])
     while leg.running():
         which = int(torch.multinomial(sizes, 1))
         latent, tokens = latents[which], pools[which]
-        n = max(1, batch * 64 // (latent.shape[2] * latent.shape[3]))
+        n = max(1, batch * 64 * 64 // (latent.shape[2] * latent.shape[3] * host_lab.downscale(kind) ** 2))
         rows = torch.randint(len(latent), (n,), device=device)
         words = tokens[rows, torch.randint(2, (n,), device=device)].long() & 0xFFFF
         words = torch.where(torch.rand(n, 1, device=device) < EMPTY_CHANCE, empty, words)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with mixed(device):
             with torch.no_grad():
                 context, pooled = states(encoder, words, layer=-2 if torch.rand(()) < SKIP_CHANCE else -1)
+                if torch.rand(()) < LONG_CHANCE:
+                    context = torch.cat([context, states(encoder, empty[None])[0].expand_as(context)], 1)
             loss = loss_of(module, latent[rows].float(), context, pooled, alphas)
         leg.update(loss)
+        if leg.step % SHEET_EVERY == 0:
+            draw_sheet(kind, leg.averaged, encoder, vae, device, folder / f"{kind}.sheet.png")
     leg.close(state=True)
+    draw_sheet(kind, leg.averaged, encoder, vae, device, folder / f"{kind}.sheet.png")
     export(leg.averaged.state_dict(), folder / f"{kind}.safetensors", {"unet": host_lab.UNET_CONFIG, "dit": host_lab.DIT_CONFIG}[kind])

@@ -1,4 +1,4 @@
-"""Train the eye on drawn scenes, on the autoencoder's rebuilds of them, and on spoilt ones."""
+"""Train an eye on drawn scenes, on the autoencoder's rebuilds of them, and on spoilt ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from . import corruptions
-from .eye import CELL, EyeNet, _decode
+from .eye import CELL, NETS, Eye
+from .judge import auroc, judge, validity
 from .pools import Bank
-from .scenes import KINDS, MAX_DIAMETER, SHAPES, Scenes
+from .scenes import MAX_DIAMETER, SHAPES, Scenes
 from .train_denoiser import load_vae
 from .train_vae import LATENT_SCALE
-from .training import Leg, export, log
+from .training import Leg, export, log, mixed, take_over
 
 
 def targets(scenes: Scenes):
@@ -65,7 +66,7 @@ class _Rebuild:
 
     @torch.no_grad()
     def __call__(self, pictures, noise: float = 0.0):
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+        with mixed(self.device):
             latent = self.vae.quant_conv(self.vae.encoder(pictures * 2 - 1)).chunk(2, 1)[0]
             if noise:
                 latent = latent + noise / LATENT_SCALE * torch.randn_like(latent)
@@ -82,76 +83,57 @@ def spoilt(kind: int, scenes: Scenes, pictures, rebuild):
     return rebuild(pictures, noise=0.6 + 0.9 * float(torch.rand(())))
 
 
-def train(folder: Path, *, device: str, steps: int, minutes: float, finish: bool, batch: int, lr: float = 2e-3, seed: int = 14) -> None:
+def train(
+    name: str,
+    folder: Path,
+    *,
+    device: str,
+    steps: int,
+    minutes: float,
+    finish: bool,
+    batch: int,
+    lr: float = 2e-3,
+    seed: int = 14,
+    start: Path | None = None,
+) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rebuild = _Rebuild(load_vae(folder, device), device)
-    bank = Bank(device, generator, characters=0.12, any_background=True)
-    module = EyeNet().to(device).train()
-    leg = Leg("eye", module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish)
+    # Rebuilds, some a little noisy, stand beside the drawn pictures: they are what image models can reach at best.
+    bank = Bank(
+        device,
+        generator,
+        characters=0.12,
+        any_background=True,
+        rebuild=lambda pictures: rebuild(pictures, noise=0.15 * float(torch.rand(()))),
+    )
+    module = NETS[name]()
+    take_over(module, start, name)
+    module.to(device).train()
+    leg = Leg(name, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish)
     ways = len(corruptions.TAUGHT) + 2
     while leg.running():
-        scenes, pictures = bank.draw(batch)
+        scenes, pictures, rebuilt = bank.draw(batch)
         half = len(pictures) // 2
-        # Rebuilds, some a little noisy, stand beside the drawn pictures: they are what image models can reach at best.
-        good = torch.cat([pictures[:half], rebuild(pictures[half:], noise=0.15 * float(torch.rand(())))])
+        good = torch.cat([pictures[:half], rebuilt[half:]])
         good = (good + 0.03 * torch.randn(len(good), 1, 1, 1, device=device) + 0.008 * torch.randn_like(good)).clamp(0, 1)
         bad = spoilt(int(torch.randint(ways, ())), scenes, pictures, rebuild)[::2]
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with mixed(device):
             grid, scene = module(torch.cat([good, bad]))
         n = len(good)
         loss = scene_loss({k: v[:n] for k, v in grid.items()}, {k: v[:n] for k, v in scene.items()}, scenes)
         truth = torch.cat([torch.ones(n, device=device), torch.zeros(len(bad), device=device)])
-        leg.update(loss + F.binary_cross_entropy_with_logits(scene["valid"][:, 0].float(), truth))
+        # A picture that the spoiling happened to leave as it was says nothing.
+        changed = ((bad - pictures[::2]).abs().amax(1) > 0.1).flatten(1).sum(1) >= 12
+        counts = torch.cat([torch.ones(n, device=device), changed.float()])
+        leg.update(loss + F.binary_cross_entropy_with_logits(scene["valid"][:, 0].float(), truth, weight=counts))
     leg.close(state=not finish)
-    judge(leg.averaged.eval(), Bank(device, generator, characters=0.12, size=3000), rebuild)
-    export(leg.averaged.state_dict(), folder / "eye.safetensors")
+    export(leg.averaged.state_dict(), folder / f"{name}.safetensors")
+    _report(Eye(leg.averaged), lambda pictures: rebuild(pictures.to(device)).cpu())
 
 
-@torch.no_grad()
-def judge(net, bank, rebuild) -> dict[str, float]:
-    """Shares read rightly on new scenes, drawn and rebuilt; area under the ROC curve of validity on corruptions never taught."""
-    figures: dict[str, float] = {}
-    for name, change in (("true", lambda p: p), ("recon", rebuild)):
-        right, total = {"found": 0, "kind": 0, "colour": 0, "fill": 0}, 0
-        scene_right, scenes_seen, size_error = {"background": 0, "style": 0}, 0, []
-        for _ in range(8):
-            scenes, pictures = bank.draw(256)
-            grid, scene = net(change(pictures))
-            readings = _decode(grid, scene, 0.35)
-            truth = scenes.to("cpu")
-            for i, reading in enumerate(readings):
-                scenes_seen += 1
-                scene_right["background"] += abs(reading.background - float(truth.background[i])) < 0.08
-                scene_right["style"] += reading.style == ("flat", "neon", "shaded", "vintage")[int(truth.style[i])]
-                right["found"] += len(reading.objects) == int(truth.count[i])
-                for k in range(int(truth.count[i])):
-                    total += 1
-                    seen = min(reading.objects, key=lambda o: (o.x - truth.x[i, k]) ** 2 + (o.y - truth.y[i, k]) ** 2, default=None)
-                    if seen is None:
-                        continue
-                    kind = int(truth.kind[i, k])
-                    right["kind"] += seen.kind == KINDS[kind]
-                    size_error.append(abs(seen.diameter - float(truth.diameter[i, k])))
-                    if kind < len(SHAPES):
-                        from .scenes import COLOURS, FILLS
-
-                        right["colour"] += seen.colour == COLOURS[int(truth.colour[i, k])]
-                        right["fill"] += seen.fill == FILLS[int(truth.fill[i, k])]
-                    else:
-                        right["colour"] += 1
-                        right["fill"] += 1
-        figures |= {f"{name}_{key}": value / (scenes_seen if key == "found" else total) for key, value in right.items()}
-        figures |= {f"{name}_{key}": value / scenes_seen for key, value in scene_right.items()}
-        figures[f"{name}_size_error"] = sum(size_error) / max(1, len(size_error))
-    good, spoilt_scores = [], {name: [] for name in corruptions.UNSEEN}
-    for _ in range(8):
-        _, pictures = bank.draw(256)
-        good.append(net(rebuild(pictures))[1]["valid"][:, 0])
-        for name, way in corruptions.UNSEEN.items():
-            spoilt_scores[name].append(net(way(pictures))[1]["valid"][:, 0])
-    good = torch.cat(good)
-    for name, scores in spoilt_scores.items():
-        figures[f"auroc_{name}"] = float((good[:, None] > torch.cat(scores)[None]).float().mean())
-    log.info("eye: %s", {key: round(value, 4) for key, value in figures.items()})
-    return figures
+def _report(eye: Eye, rebuild) -> None:
+    for shown, told in judge(eye, rebuild, n=1000).items():
+        log.info("eye, %s: %s", shown, {key: round(sum(right) / len(right), 4) for key, right in told.items() if right})
+    good, spoilt = validity(eye, rebuild, n=500)
+    log.info("eye, unseen corruptions, AUROC: %s", {name: round(auroc(good, bad), 4) for name, bad in spoilt.items()})

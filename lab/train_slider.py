@@ -126,7 +126,7 @@ def train(name: str, folder: Path, output: Path, *, device: str, steps: int, eta
         )
         with torch.no_grad():
             # A point on the slider's own path: DDIM with guidance 3 from noise to a random step of the grid.
-            x = torch.randn(batch, 4, 8, 8, device=device)
+            x = torch.randn(batch, 4, 64 // host_lab.downscale("unet"), 64 // host_lab.downscale("unet"), device=device)
             stop = rng.randrange(0, len(grid) - 1)
             for i in range(stop):
                 drawn = predict(torch.cat([x, x]), grid[i], torch.cat([empty, target]), 1.0)

@@ -16,7 +16,7 @@ from torch import nn
 from ..host import lab as host_lab
 from .pools import read_pools
 from .scenes import BACKGROUNDS, COLOURS, FILLS, MAX_OBJECTS, SHAPES, SIZES, STYLES
-from .training import Leg, export, log
+from .training import Leg, export, log, mixed
 
 WIDTH = host_lab.TEXT_CONFIG["hidden_size"]
 ITEM_TARGETS = {"shape": len(SHAPES), "colour": len(COLOURS), "fill": len(FILLS), "size": len(SIZES), "column": 3, "row": 3}
@@ -159,7 +159,7 @@ def train(folder: Path, *, device: str, steps: int, minutes: float, finish: bool
         columns = torch.tensor([0, 1, 2, 2, 2], device=device)[torch.randint(5, (batch,), device=device)]
         scenes = pool.scenes[rows]
         layer = -2 if leg.step % 4 == 3 else -1
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+        with mixed(device):
             context, pooled = states(module.encoder, pool.tokens[rows, columns].long(), layer=layer)
             loss, *_ = _loss(module.reader(context), scenes, pool.orders[rows, columns], pooled, module.reader)
         leg.update(loss)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 log = logging.getLogger("concept_nodes.lab")
@@ -93,6 +94,7 @@ class Leg:
             self.losses.clear()
             self.history.append([self.step, round(mean, 6), round(self._minutes(), 3)])
             log.info("%s: step %d loss %.5f, %.2f min", self.name, self.step, mean, self._minutes())
+            draw_curve(self.history, self.folder / f"{self.name}.loss.png")
 
     def close(self, state: bool = True) -> None:
         """Write the state to resume from, and the loss history."""
@@ -112,6 +114,47 @@ class Leg:
         (self.folder / f"{self.name}.log.json").write_text(
             json.dumps({"steps": self.step, "minutes": self._minutes(), "history": self.history})
         )
+
+
+def mixed(device: str):
+    """Autocast to bfloat16 where the device computes faster in it."""
+    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=fast)
+
+
+def take_over(module: torch.nn.Module, folder: Path | None, name: str) -> None:
+    """Begin from the weights `name` in a folder wherever names and shapes fit, so that a changed model need not learn everything again."""
+    if folder is None:
+        return
+    with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
+        old = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    own = module.state_dict()
+    fitting = {key: value.float() for key, value in old.items() if key in own and own[key].shape == value.shape}
+    module.load_state_dict(fitting, strict=False)
+    log.info("%s: begins from %d of %d tensors of %s", name, len(fitting), len(own), folder)
+
+
+def draw_curve(history: list[list[float]], path: Path) -> None:
+    """Draw [step, loss, ...] rows as a curve, the loss on a logarithmic scale, its first and last values written beside it."""
+    import math
+
+    from PIL import Image, ImageDraw
+
+    width, height, edge = 640, 240, 8
+    points = [(step, math.log(max(loss, 1e-9))) for step, loss, *_ in history]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    last = points[-1][0]
+
+    def at(step, y):
+        return edge + (width - 2 * edge) * step / last, height - edge - (height - 2 * edge) * (y - low) / ((high - low) or 1)
+
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    if len(points) > 1:
+        draw.line([at(*point) for point in points], fill=(30, 90, 200), width=2)
+    text = f"{path.name.split('.')[0]}: {last} steps, loss {history[0][1]:.4f} to {history[-1][1]:.4f}"
+    draw.text((width - edge, edge), text, fill="black", anchor="ra")
+    canvas.save(path)
 
 
 def initialise(module: torch.nn.Module) -> None:

@@ -6,18 +6,19 @@ import sys
 
 import pytest
 import torch
+from readings import true_reading
 
 from concept_nodes.lab import corruptions, measure
-from concept_nodes.lab.captions import PLAIN
-from concept_nodes.lab.eye import Eye, Reading, Seen
-from concept_nodes.lab.scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, SHAPES, STYLES, render, sample_scenes
+from concept_nodes.lab.captions import ONE_WAY, PLAIN, WAYS
+from concept_nodes.lab.eye import NETS, Eye, Reading, Seen
+from concept_nodes.lab.scenes import BACKGROUNDS, CELLS, COLOURS, KINDS, SHAPES, STYLES, render, sample_scenes
 
 from pack import ROOT
 
 
-@pytest.fixture(scope="module")
-def eye():
-    return Eye.load()
+@pytest.fixture(scope="module", params=NETS)
+def eye(request):
+    return Eye.load(request.param)
 
 
 def sample(n=200, seed=6, size=64, **options):
@@ -30,21 +31,6 @@ def read(eye, pictures):
 
 def nearest(reading: Reading, x: float, y: float) -> Seen | None:
     return min(reading.objects, key=lambda seen: (seen.x - x) ** 2 + (seen.y - y) ** 2, default=None)
-
-
-def true_reading(scenes, i: int) -> Reading:
-    """What a faultless eye reads in scene i."""
-    objects = [
-        Seen(
-            KINDS[scenes.kind[i, k]],
-            COLOURS[scenes.colour[i, k]],
-            FILLS[scenes.fill[i, k]],
-            *(float(value[i, k]) for value in (scenes.diameter, scenes.x, scenes.y)),
-            sure=1.0,
-        )
-        for k in range(int(scenes.count[i]))
-    ]
-    return Reading(float(scenes.background[i]), STYLES[scenes.style[i]], 1.0, objects)
 
 
 class TestReading:
@@ -175,6 +161,82 @@ class TestScore:
         names = {measure.cell_of(x / 10 + 0.05, y / 10 + 0.05) for x in range(10) for y in range(10)}
         assert names == {(column, row) for column in CELLS[0] for row in CELLS[1]}
         assert [measure.size_word(d) for d in (0.0, 17.0, 22.0, 27.0, 99.0)] == [0, 0, 1, 2, 2]
+
+
+class TestFaults:
+    """What went wrong in a picture, named."""
+
+    @pytest.fixture
+    def asked(self):
+        asked = measure.ask(50, objects=2, size=128, seed=3)
+        scenes = asked.scenes
+        pick = [i for i in range(50) if scenes.kind[i, 0] != scenes.kind[i, 1] and scenes.colour[i, 0] != scenes.colour[i, 1]][:1]
+        return measure.Asked(scenes[pick], [asked[i] for i in pick])
+
+    def told(self, asked, change):
+        reading = true_reading(asked.scenes, 0)
+        change(reading.objects)
+        return {fault for fault, (found,) in measure.faults(asked, [reading]).items() if found}
+
+    def test_a_faultless_picture_has_none(self, asked):
+        assert self.told(asked, lambda objects: None) == set()
+
+    def test_missing_and_extra_objects(self, asked):
+        assert self.told(asked, lambda objects: objects.pop()) == {"missing"}
+        assert self.told(asked, lambda objects: objects.append(objects[0])) == {"extra"}
+
+    def test_swapped_colours(self, asked):
+        def swap(objects):
+            objects[0].colour, objects[1].colour = objects[1].colour, objects[0].colour
+
+        assert self.told(asked, swap) == {"swapped"}
+
+    @pytest.mark.parametrize("part, values", [("colour", COLOURS), ("kind", KINDS)])
+    def test_leaked_or_wrong(self, asked, part, values):
+        name = {"colour": "colour", "kind": "shape"}[part]
+
+        def leak(objects):
+            setattr(objects[0], part, getattr(objects[1], part))
+
+        def spoil(objects):
+            setattr(objects[0], part, next(value for value in values if value not in {getattr(o, part) for o in objects}))
+
+        assert self.told(asked, leak) == {f"{name} leaked"}
+        assert self.told(asked, spoil) == {f"{name} wrong"}
+
+    def test_misplaced(self, asked):
+        def move(objects):
+            objects[0].x = 128 - objects[0].x if abs(objects[0].x - 64) > 20 else 4.0
+
+        assert self.told(asked, move) == {"misplaced"}
+
+
+class TestWordings:
+    """One attribute said another way, the rest of the caption and the scene as they were."""
+
+    def test_same_scenes_in_every_way(self):
+        sets = {way: measure.ask_in(way, 30, size=64, seed=3) for way in WAYS}
+        names = {"shape": SHAPES, "colour": COLOURS, "style": STYLES}
+        for (attribute, plain), *others in zip(*(sets[way] for way in WAYS), strict=True):
+            assert len(plain) == 10
+            values = {"shape": plain.scenes.kind[:, 0], "colour": plain.scenes.colour[:, 0], "style": plain.scenes.style}
+            for (same, asked), way in zip(others, WAYS[1:], strict=True):
+                assert same == attribute
+                assert torch.equal(asked.scenes.kind, plain.scenes.kind)
+                assert torch.equal(asked.scenes.x, plain.scenes.x)
+                for i, text in enumerate(asked):
+                    word = names[attribute][int(values[attribute][i])]
+                    # A misspelling leaves words of three letters alone.
+                    assert word not in text.replace(",", "").split() or (way, word) == ("misspelt", "red"), text
+
+    def test_held_out_synonyms_are_used(self):
+        for attribute, asked in measure.ask_in("synonym", 30, size=64, seed=3):
+            held = {word for wordings in ONE_WAY[attribute].values() for word in wordings.held_synonyms}
+            assert all(any(word in text for word in held) for text in asked), attribute
+
+    def test_styles_are_asked_for_where_there_is_one(self):
+        (scenes,) = (asked.scenes for attribute, asked in measure.ask_in("plain", 30, size=64, seed=3) if attribute == "style")
+        assert (scenes.style != STYLES.index("flat")).all()
 
 
 def test_the_lab_is_read_without_the_host():
