@@ -102,43 +102,50 @@ class EyeNet(nn.Module):
         return grid, scene
 
 
-class _WideBlock(nn.Module):
-    """A wide depthwise kernel, layer norm, and a pointwise network (Liu et al. 2022, A ConvNet for the 2020s)."""
+class _Residual(nn.Module):
+    """Two convolutions, each behind its norm (He et al. 2016, identity mappings)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, out: int):
         super().__init__()
-        self.look = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.GroupNorm(1, width)
-        self.widen, self.narrow = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(3 * width, width, 1)
+        self.net = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1),
+            nn.GroupNorm(8, out), nn.SiLU(), nn.Conv2d(out, out, 3, padding=1),
+        )  # fmt: skip
+        self.pass_by = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x):
-        return x + self.narrow(F.gelu(self.widen(self.norm(self.look(x)))))
+        return self.pass_by(x) + self.net(x)
 
 
-class PatchNet(nn.Module):
-    """The second eye: patches instead of a convolutional stem, wide depthwise kernels instead of dilated ones, attention instead of pooled
-    statistics. Heads as in `EyeNet`.
+class Hourglass(nn.Module):
+    """The second eye: down to a sixteenth and up again with what each level saw (Newell et al. 2016), where the first eye looks on one
+    level through dilated kernels. Heads as in `EyeNet`.
     """
 
-    def __init__(self, width: int = 96):
+    def __init__(self, widths: tuple[int, ...] = (32, 56, 88, 120)):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, CELL, stride=CELL)
-        self.body = nn.Sequential(*(_WideBlock(width) for _ in range(6)))
-        self.grid = nn.Conv2d(width, sum(HEADS.values()), 1)
-        self.queries = nn.Parameter(torch.randn(len(SCENE_HEADS), width) * 0.2)
-        self.scene = nn.ModuleList(nn.Sequential(nn.Linear(2 * width, 64), nn.GELU(), nn.Linear(64, size)) for size in SCENE_HEADS.values())
+        half, quarter, eighth, sixteenth = widths
+        self.stem = nn.Conv2d(3, half, 5, stride=2, padding=2)
+        self.down = nn.ModuleList(_Residual(*pair) for pair in ((half, half), (half, quarter), (quarter, eighth), (eighth, sixteenth)))
+        self.up = nn.ModuleList([_Residual(sixteenth, eighth), _Residual(eighth, quarter)])
+        self.across = nn.ModuleList([nn.Conv2d(eighth, eighth, 1), _Residual(quarter, quarter)])
+        self.grid = nn.Conv2d(quarter, sum(HEADS.values()), 1)
+        self.scene = nn.Sequential(nn.Linear(2 * sixteenth + 2 * quarter, 96), nn.SiLU(), nn.Linear(96, sum(SCENE_HEADS.values())))
 
     def forward(self, pictures):
-        x = self.body(self.patches(pictures * 2 - 1))
-        tokens = x.flatten(2).transpose(1, 2)
-        seen = torch.softmax(self.queries @ tokens.transpose(1, 2), -1) @ tokens
-        whole = tokens.mean(1)
-        grid = dict(zip(HEADS, self.grid(x).split(list(HEADS.values()), 1), strict=True))
-        scene = {key: head(torch.cat([seen[:, i], whole], 1)) for i, (key, head) in enumerate(zip(SCENE_HEADS, self.scene, strict=True))}
+        half = self.down[0](self.stem(pictures * 2 - 1))
+        quarter = self.down[1](F.max_pool2d(half, 2))
+        eighth = self.down[2](F.max_pool2d(quarter, 2))
+        sixteenth = self.down[3](F.avg_pool2d(eighth, 2))
+        wide = self.across[0](eighth) + F.interpolate(self.up[0](sixteenth), size=eighth.shape[2:])
+        fine = self.across[1](quarter) + F.interpolate(self.up[1](wide), size=quarter.shape[2:])
+        pooled = torch.cat([part for level in (sixteenth, fine) for part in (level.mean((2, 3)), level.amax((2, 3)))], 1)
+        grid = dict(zip(HEADS, self.grid(fine).split(list(HEADS.values()), 1), strict=True))
+        scene = dict(zip(SCENE_HEADS, self.scene(pooled).split(list(SCENE_HEADS.values()), 1), strict=True))
         return grid, scene
 
 
-NETS = {"eye": EyeNet, "eye2": PatchNet}
+NETS = {"eye": EyeNet, "eye2": Hourglass}
 
 
 class Eye:

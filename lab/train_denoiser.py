@@ -192,6 +192,7 @@ def train(
     lr: float = 1e-3,
     seed: int = 13,
     start: Path | None = None,
+    average: float = 0.9995,
 ) -> None:
     torch.manual_seed(seed)
     make, loss_of = KINDS[kind]
@@ -206,8 +207,9 @@ def train(
     module = make()
     take_over(module, start, kind)
     module.to(device).train()
-    leg = Leg(kind, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, average=0.9995)
-    sizes = torch.tensor([float(len(latent)) for latent in latents])
+    leg = Leg(kind, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, average=average)
+    # Every batch holds as many pixels: so that every scene comes as often as any other, whatever its size.
+    sizes = torch.tensor([float(len(latent) * latent.shape[2] * latent.shape[3]) for latent in latents])
     while leg.running():
         which = int(torch.multinomial(sizes, 1))
         latent, tokens = latents[which], pools[which]
