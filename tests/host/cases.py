@@ -1,12 +1,17 @@
 """How each node of the pack is exercised by the law tests. A node without a case fails them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import comfy.sd
+import folder_paths
 import models
+import torch
+from safetensors.torch import save_file
 
 from concept_nodes.nodes import NODES
+from concept_nodes.nodes.regions import MaskedLoRA
 from concept_nodes.nodes.sliders import Slider
 
 
@@ -37,11 +42,37 @@ def slide(*args, **options):
     return slider(*args, **options).result[0]
 
 
+def masked(model, strength=0.8, start=0.0, end=1.0, mask=None, text="own", **lora):
+    """The node on a LoRA file of its own, made for the model."""
+    file, folder = "masked_case.safetensors", Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(models.lora(model, **lora), folder / file)
+    mask = LEFT if mask is None else mask
+    return MaskedLoRA.execute(model, file, strength, start, end, mask, text)
+
+
+def put_masked(*args, **options):
+    return masked(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
 
+LEFT = torch.zeros(1, 64, 64)
+LEFT[:, :, :32] = 1
+
 EFFECTS = {
+    "ConceptNodes_MaskedLoRA": Case(
+        execute=masked,
+        tells=("strength 0.8", "50% of the picture", "in all steps", "119 layers", "rank 2"),
+        neutral={
+            "strength 0": lambda model: put_masked(model, 0.0),
+            "empty window": lambda model: put_masked(model, start=0.5, end=0.5),
+            "empty mask": lambda model: put_masked(model, mask=torch.zeros(1, 64, 64)),
+            "no file": lambda model: MaskedLoRA.execute(model, "none", 1.0, 0.0, 1.0, LEFT).result[0],
+        },
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
