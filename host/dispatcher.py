@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,13 @@ from typing import Any, Protocol
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 
+from ..ops.masks import pool
+from .cross import CrossAct
+from .families import family_of
+from .joint import Joint
+from .places import Place, Segment, segments
 from .run_record import UNHEARD, Evaluation, make_record, remember
+from .sites import JOINT, VECTOR, Pyramid, Site, sites
 
 log = logging.getLogger("concept_nodes")
 
@@ -47,8 +54,10 @@ class Act(Protocol):
         """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
         `fresh`, and must not be kept: the host's blocks write to it."""
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """One strength for each of the parts it was joined from; called between model calls."""
+    def set_strengths(self, strengths: Sequence[float | torch.Tensor]) -> None:
+        """One strength for each of the parts it was joined from, a tensor over the module's rows where the effect has a mask; called
+        between model calls.
+        """
 
 
 class Part(Protocol):
@@ -62,8 +71,8 @@ class Part(Protocol):
 class Call:
     """One evaluation of a model, as the host announces it."""
 
-    def __init__(self, model, x: torch.Tensor, t: torch.Tensor, options: Mapping[str, Any]):
-        self.model, self.x, self.t, self.options = model, x, t, options
+    def __init__(self, model, x: torch.Tensor, t: torch.Tensor, options: Mapping[str, Any], context: torch.Tensor | None = None):
+        self.model, self.x, self.t, self.options, self.context = model, x, t, options, context
 
     @cached_property
     def sigma(self) -> float:
@@ -83,10 +92,14 @@ class Call:
 class Effect:
     """What a node adds to a model: parts by module name (from the host's BaseModel, "diffusion_model...."), and how strongly they act.
 
-    `added` is how many model evaluations it adds to each call that it acts in.
+    `added` is how many model evaluations it adds to each call that it acts in. `place` is where on the picture it acts, None for
+    everywhere; `text` says which of the prompt's rows get it then, in models that read prompt and picture as one sequence: those
+    that its place reads ("own"), "none", or "all".
     """
 
     added = 0
+    place: Place | None = None
+    text = "own"
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -181,6 +194,27 @@ class Layer(Overlay):
         return output
 
 
+class Around(Layer):
+    """A module's forward as another act computes it, which may call the module's own."""
+
+    def __init__(self, module: torch.nn.Module, act):
+        super().__init__(module, ())
+        self.act = act
+
+    def remove(self) -> None:
+        super().remove()
+        self.act = None
+
+    def replacement(self, *args, **kwargs):
+        if self.muted:
+            return self.inner(*args, **kwargs)
+        if self.act is None:
+            if not torch.compiler.is_compiling():
+                Overlay.remove(self)
+            return self.inner(*args, **kwargs)
+        return self.act.run(self.inner, *args, **kwargs)
+
+
 class Gate(Overlay):
     """A model's apply_model: every call of every patcher that shares the model passes here."""
 
@@ -207,10 +241,12 @@ class Gate(Overlay):
             return self.inner(x, t, *args, **kwargs)
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        call = Call(self.owner, x, t, options)
+        call = Call(self.owner, x, t, options, kwargs.get("c_crossattn", args[1] if len(args) > 1 else None))
         owner = call.owner
         run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
         with self._acting(run.layers(call) if run else []):
+            if run is not None and run.joint is not None and "c_crossattn" in kwargs:
+                kwargs = kwargs | run.joint.arguments(kwargs["c_crossattn"], _reference_tokens(kwargs.get("ref_latents", ())))
             return self.inner(x, t, *args, **kwargs)
 
     def release(self) -> None:
@@ -245,6 +281,8 @@ class Sampling:
 
     def __init__(self):
         self.runs: list[Run] = []
+        # Condition entry (by the host's uuid) -> its name in the guider: "positive", "negative", "middle", ...
+        self.names: dict[Any, str] = {}
         self.ended: list[int] = []
         self.denoised: torch.Tensor | None = None
 
@@ -256,10 +294,17 @@ class Run:
         self.patcher = patcher
         self.depth = len(_nested())
         self.ended = _nested()[-1].ended if _nested() else []
+        self.names = _nested()[-1].names if _nested() else {}
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
         self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.effects]
+        masked = any(effect.place is not None for effect in self.effects)
+        self.sites = sites(patcher.model, self.modules) if masked else {}
+        self.crosses = {name: CrossAct(module) for name, module in _cross_attentions(patcher.model) if masked}
+        self.reads_jointly = masked and any(kind == JOINT for kind in family_of(patcher.model).rows)
+        self.joint: Joint | None = None
+        self.cross_sites = sites(patcher.model, (f"{name}.to_q" for name in self.crosses))
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self._key = self._strengths = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
@@ -270,16 +315,24 @@ class Run:
         active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
         self._calls.append((call.t.detach().flatten()[:1].float(), len(self.ended), active))
         if not active:
+            self.joint, self._strengths = None, None
             return []
         key = (active, call.x.device, call.model.get_dtype_inference())
         if key != self._key:
             self._acts = {name: self._join(name, *key) for name in self.modules}
             self._key, self._strengths = key, None
-        if strengths != self._strengths:
-            for act, members in (pair for acts in self._acts.values() for pair in acts):
-                act.set_strengths([strengths[index] for index in members])
-            self._strengths = strengths
-        return [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+        told = (strengths, self._spread_over(call, active))
+        if told != self._strengths:
+            self.joint = None
+            spread = self._spread(call, active, told[1][2]) if told[1] else {}
+            for name, acts in self._acts.items():
+                for act, members in acts:
+                    act.set_strengths([spread[index](strengths[index], name) if index in spread else strengths[index] for index in members])
+            self._strengths = told
+        layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+        if told[1]:
+            layers += [Around(cross.module, cross) for cross in self.crosses.values()]
+        return layers
 
     def _join(self, name: str, active: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Act, list[int]]]:
         """The acts on one module, each with the effects that it joins."""
@@ -293,6 +346,60 @@ class Run:
 
         return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in members.items()]
 
+    def _spread_over(self, call: Call, active: tuple[int, ...]) -> tuple:
+        """What the masks of the active effects have to be fitted to; nothing where none has a mask."""
+        if all(self.effects[index].place is None for index in active):
+            return ()
+        # Entries that a guider made itself have no name; they stand for nothing in particular, and read the common text.
+        names = tuple(self.names.get(uuid, "") for uuid in call.options.get("uuids", ()))
+        return (tuple(call.x.shape[-2:]), call.context.shape[1] if call.context is not None else 0, names)
+
+    def _spread(
+        self, call: Call, active: tuple[int, ...], names: tuple[str, ...]
+    ) -> dict[int, Callable[[float, str], float | torch.Tensor]]:
+        """By placed effect: its strength on the rows of a module."""
+        placed = [index for index in active if self.effects[index].place is not None]
+        places = list(dict.fromkeys(self.effects[index].place for index in placed))
+        tokens = call.context.shape[1] if call.context is not None else 0
+        masks = torch.cat([pool(place.mask[None].float(), *call.x.shape[-2:]) for place in places])
+        pyramid = Pyramid(masks)
+        found, shares = segments(places, masks)
+        shared = Pyramid(shares)
+        read = [[one.reader.text(name) if one.reader else None for name in names or ("",)] for one in found]
+        sizes = [[tokens if text is None else text.shape[1] for text in texts] for texts in read]
+        if self.crosses:
+            # A softmax over a text repeated is the same: rows of one call may read texts of unequal length.
+            lengths = [math.lcm(*lengths) for lengths in sizes]
+            for name, cross in self.crosses.items():
+                level = self.cross_sites[f"{name}.to_q"].level
+                cross.set_texts(shared.at(level).flatten(1).t()[None].to(call.x.device), read, lengths)
+        elif len(found) > 1 or any(text is not None for text in read[0]):
+            if any(one.reader for one in found) or any(self.effects[index].text == "own" for index in placed):
+                lengths = [max(lengths) for lengths in sizes]
+                self.joint = Joint(shared.at(1).flatten(1), read, lengths)
+            else:
+                found, lengths = [Segment(frozenset(), None)], [tokens]
+        else:
+            lengths = [tokens]
+        texts = {}
+        for index in placed:
+            at, policy = places.index(self.effects[index].place), self.effects[index].text
+            own = [float(policy == "all" or (policy == "own" and at in one.places)) for one in found]
+            texts[index] = torch.cat([torch.full((n,), value) for value, n in zip(own, lengths, strict=True)])
+        rows: dict[tuple[Site, int], float | torch.Tensor] = {}
+
+        def on(index: int):
+            def strength(value: float, name: str) -> float | torch.Tensor:
+                site = self.sites[name]
+                if (site, index) not in rows:
+                    row = pyramid.rows(site, texts[index])[places.index(self.effects[index].place)]
+                    rows[site, index] = float(row) if site.kind == VECTOR else row.to(call.x.device)[None]
+                return value * rows[site, index]
+
+            return strength
+
+        return {index: on(index) for index in placed}
+
     def evaluations(self) -> list[Evaluation]:
         """All calls of the run. Waits for the GPU, once."""
         levels = torch.cat([level for level, _, _ in self._calls]).tolist() if self._calls else []
@@ -300,6 +407,19 @@ class Run:
             Evaluation(level, step, tuple(self.effects[index] for index in active))
             for level, (_, step, active) in zip(levels, self._calls, strict=True)
         ]
+
+
+def _reference_tokens(latents) -> int:
+    """Tokens that reference pictures take behind the picture's own."""
+    return sum(-(-latent.shape[-2] // 2) * -(-latent.shape[-1] // 2) for latent in latents or ())
+
+
+def _cross_attentions(model) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every attention to the text of a UNet, by name."""
+    if hasattr(model.diffusion_model, "input_blocks"):
+        for name, module in model.named_modules():
+            if name.endswith(".attn2"):
+                yield name, module
 
 
 # Condition entry (by the host's uuid) -> the patcher that evaluates it, where a guider samples with two patchers.
@@ -382,6 +502,7 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     second = getattr(guider, "uncond_model_patcher", None)
     uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
     this = Sampling()
+    this.names = {uuid: name for name, conds in guider.conds.items() for uuid in _uuids(conds)}
 
     def watch(step, x0, x, total):
         this.ended.append(step)

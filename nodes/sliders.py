@@ -109,9 +109,9 @@ class Slider(io.ComfyNode):
         return result(model, "\n".join(lines))
 
 
-def check_numbers(strength: float, start_percent: float, end_percent: float) -> None:
+def check_numbers(strength: float, start_percent: float, end_percent: float, strength_name: str = "strength") -> None:
     """Raises ValueError that names the number that cannot be worked with."""
-    for name, value, neutral in (("strength", strength, 0), ("start_percent", start_percent, 0), ("end_percent", end_percent, 1)):
+    for name, value, neutral in ((strength_name, strength, 0), ("start_percent", start_percent, 0), ("end_percent", end_percent, 1)):
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, which is no number to work with. Set it to a finite number; {neutral} is neutral.")
     for name, value in (("start_percent", start_percent), ("end_percent", end_percent)):

@@ -6,9 +6,8 @@ All adapters of a layer run as one: their ranks are concatenated, so that x is r
     z = x A^T          (..., R), R the sum of the ranks
     y = y + (z * S) B^T
 
-S, the *gain*, scales rank by rank: strength times alpha / r. It broadcasts over tokens today; a mask per token and adapter is the same
-product with S of shape (rows, tokens, R) for linear layers and (rows, R, height, width) at output resolution for convolutions, exact
-because B acts on each position alone.
+S, the *gain*, scales rank by rank: strength times alpha / r, and, where an adapter has a place, its mask at every token of a linear layer
+and every position of a convolution's output. Masking z is masking the adapter's output, exactly, because B acts on each position alone.
 """
 
 from __future__ import annotations
@@ -84,9 +83,19 @@ class Stack:
         self._scales = torch.tensor([factors.scale for _, factors in flat], dtype=torch.float32).repeat_interleave(ranks)
         self.set_strengths([1.0] * len(adapters))
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """One strength per adapter, in the order they were given in."""
-        self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+    def set_strengths(self, strengths: Sequence[float | Tensor]) -> None:
+        """One strength per adapter, in the order they were given in: a number, or a tensor (rows, tokens) for a linear layer and (rows,
+        height, width) at output resolution for a convolution, rows 1 where all rows of a batch share it.
+        """
+        spread = [strength for strength in strengths if isinstance(strength, Tensor)]
+        if not spread:
+            self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+            return
+        shape = torch.broadcast_shapes(*(strength.shape for strength in spread))
+        whole = [torch.as_tensor(strength, dtype=torch.float32, device=spread[0].device).expand(shape) for strength in strengths]
+        owners, scales = self._owners.to(spread[0].device), self._scales.to(spread[0].device)
+        gain = torch.stack(whole, -1)[..., owners] * scales
+        self.gain = (gain if self.convolution is None else gain.movedim(-1, 1).flatten(2)).to(self.down.device)
 
     def __call__(self, y: Tensor, fresh: bool, *args, **kwargs) -> Tensor:
         """`y` (..., out) or (B, out, *size) plus the adapters' part of x; written in place where nobody else holds y (`fresh`).
@@ -111,7 +120,8 @@ class Stack:
             self.gain = self.gain.to(x.device)
 
     def _add_linear(self, y: Tensor, x: Tensor) -> None:
-        z = F.linear(x, self.down).mul_(self.gain).flatten(0, -2)
+        z = F.linear(x, self.down)
+        z = z.mul_(self.gain if self.gain.ndim == 1 else self._over_tokens(z.shape)).flatten(0, -2)
         flat = y.view(-1, y.shape[-1])
         for rows, columns, up in self.groups:
             out = flat if rows is None else flat.narrow(1, *rows)
@@ -120,8 +130,13 @@ class Stack:
             else:
                 out.add_(z.narrow(1, *columns) @ up.t())
 
+    def _over_tokens(self, shape: torch.Size) -> Tensor:
+        """The gain for z of a shape; tokens that it knows nothing of (reference pictures behind the picture's own) get nothing."""
+        missing = shape[-2] - self.gain.shape[-2]
+        return F.pad(self.gain, (0, 0, 0, missing)) if missing else self.gain
+
     def _add_convolution(self, y: Tensor, x: Tensor) -> None:
-        z = CONVOLUTIONS[x.ndim](x, self.down, **self.convolution).flatten(2).mul_(self.gain[:, None])
+        z = CONVOLUTIONS[x.ndim](x, self.down, **self.convolution).flatten(2).mul_(self.gain[:, None] if self.gain.ndim == 1 else self.gain)
         flat = y.view(*y.shape[:2], -1)
         for rows, columns, up in self.groups:
             out = flat if rows is None else flat.narrow(1, *rows)
