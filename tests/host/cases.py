@@ -10,9 +10,12 @@ import models
 import torch
 from safetensors.torch import save_file
 
+from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
 from concept_nodes.nodes.regions import MaskedLoRA
 from concept_nodes.nodes.sliders import Slider
+from concept_nodes.ops.masks import Box
+from concept_nodes.ops.regions import Region
 
 
 class Case(NamedTuple):
@@ -88,6 +91,9 @@ EFFECTS = {
 
 # Nodes that put nothing on a model, and why the laws about sampling have nothing to hold for them.
 PLUMBING = {
+    "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
 }
