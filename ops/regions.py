@@ -7,8 +7,8 @@
         {"name": "background", "rest": true, "prompt": "a garden"}]}
 
 Lengths are whole numbers in ten-thousandths of the canvas: of its width across, of its height down, of its shorter side for radii. Boxes
-and ellipses are [x, y, width, height] from the upper left corner; the points of polygons and strokes are [x, y, then steps dx, dy, ...]. The
-first region lies on top. What is left out has its neutral value.
+and ellipses are [x, y, width, height] from the upper left corner; the points of polygons and strokes are [x, y, then steps dx, dy, ...].
+The first region lies on top. What is left out has its neutral value.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
-from concept_nodes.nodes.regions import MaskedLoRA
+from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
 from concept_nodes.nodes.sliders import Slider
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Region
@@ -58,6 +58,19 @@ def put_masked(*args, **options):
     return masked(*args, **options).result[0]
 
 
+def regions(model, strength=0.8, start=0.0, end=1.0, visible=True, **lora):
+    """Apply Regions with a LoRA on the left half and another on the rest."""
+    listed = Regions()
+    for name, part in (("left", {"shapes": (Box(0, 0, 0.5, 1),)}), ("others", {"rest": True})):
+        listed = listed.with_region(Region(name, visible=visible, **part))
+        listed = listed.with_lora(name, Hung("random", models.lora(model, seed=len(name), **lora), strength, 1.0, start, end))
+    return RegionsApply.execute(model, [], [], listed)
+
+
+def put_regions(*args, **options):
+    return regions(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -74,6 +87,16 @@ EFFECTS = {
             "empty window": lambda model: put_masked(model, start=0.5, end=0.5),
             "empty mask": lambda model: put_masked(model, mask=torch.zeros(1, 64, 64)),
             "no file": lambda model: MaskedLoRA.execute(model, "none", 1.0, 0.0, 1.0, LEFT).result[0],
+        },
+    ),
+    "ConceptNodes_RegionsApply": Case(
+        execute=regions,
+        tells=("'left': 50% of the picture", "'others': 50% of the picture", "'random' at 0.8", "119 layers"),
+        neutral={
+            "strength 0": lambda model: put_regions(model, 0.0),
+            "empty window": lambda model: put_regions(model, start=0.5, end=0.5),
+            "invisible": lambda model: put_regions(model, visible=False),
+            "no regions": lambda model: RegionsApply.execute(model, [], [], Regions()).result[0],
         },
     ),
     "ConceptNodes_Slider": Case(
