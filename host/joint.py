@@ -12,11 +12,18 @@ from ..ops.attention import joint_bias
 class Joint:
     """What one call's prompt is replaced by."""
 
-    def __init__(self, shares: torch.Tensor, texts: Sequence[Sequence[torch.Tensor | None]], lengths: Sequence[int]):
-        """shares (S, tokens); texts: for each of S segments, for each chunk of the batch, a context (1, n, width) or None for the chunk's
-        own; lengths: rows of each segment, the longest that its chunks read.
+    def __init__(
+        self,
+        shares: torch.Tensor,
+        texts: Sequence[Sequence[torch.Tensor | None]],
+        lengths: Sequence[int],
+        apart: torch.Tensor | None = None,
+    ):
+        """shares (S, C or 1, tokens) for C chunks of the batch; texts: for each of S segments, for each chunk, a context (1, n, width) or
+        None for the chunk's own; lengths: rows of each segment, the longest that its chunks read; apart (C or 1, tokens, tokens): what is
+        added to the attention of the picture to itself.
         """
-        self.shares, self.texts, self.lengths = shares, texts, lengths
+        self.shares, self.texts, self.lengths, self.apart = shares, texts, lengths, apart
         self._bias: dict[tuple, torch.Tensor] = {}
 
     def arguments(self, context: torch.Tensor, references: int = 0) -> dict[str, torch.Tensor]:
@@ -33,8 +40,9 @@ class Joint:
             ],
             1,
         )
-        real = tuple(tuple(texts[chunk].shape[1] for texts in read) for chunk in range(len(chunks)))
-        key = (real, references, context.device)
+        key = (context.device, context.dtype, context.shape, references)
         if key not in self._bias:
-            self._bias = {key: joint_bias(self.shares, self.lengths, real, references).to(context.device)}
-        return {"c_crossattn": whole, "attention_mask": self._bias[key].repeat_interleave(len(chunks[0]), 0)}
+            real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks))]
+            bias = joint_bias(self.shares.cpu(), self.lengths, real, references, None if self.apart is None else self.apart.cpu())
+            self._bias = {key: bias.repeat_interleave(len(chunks[0]), 0).to(context)}
+        return {"c_crossattn": whole, "attention_mask": self._bias[key]}
