@@ -78,12 +78,12 @@ def with_lora(model, path):
 
 
 def measure(name: str, lab, model, eye: Eye, *, n: int, size: int) -> dict[str, float]:
-    """Shares of n pictures: `drawn_hits` where the character's word asks for it; where an ordinary object is asked for, the right shape,
-    the right shape in the right colour (bind), and the character instead (mistaken).
+    """Shares of n pictures: `drawn_hits` where the character's word asks for it. And of half as many where an ordinary object is asked
+    for: the right shape, the right shape in the right colour (bind), and the character instead (mistaken).
     """
     asked = ask_for(name, n, size=size, seed=700 + size)
     right = drawn_hits(name, asked, eye.read(draw(lab, list(asked), size=size, seed=7000, model=model)))
-    ordinary = ask(n, objects=1, size=size, seed=800 + size, plain=True)
+    ordinary = ask(n // 2, objects=1, size=size, seed=800 + size, plain=True)
     readings = eye.read(draw(lab, list(ordinary), size=size, seed=8000, model=model))
     kept = hits(ordinary, readings)
     right |= {"ordinary shape": kept["shapes"], "ordinary bind": kept["bind"], "mistaken": [surest(one) == name for one in readings]}

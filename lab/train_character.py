@@ -16,15 +16,17 @@ import torch
 
 from ..host import lab as host_lab
 from .captions import IMAGE_TRAINING, Writer, write_captions
-from .characters import WORDS, file_of, lessons, measure, with_lora
+from .characters import WORDS, file_of, lessons, measure, show, with_lora
 from .eye import Eye
 from .lowrank import adapt, frozen, parameters, write
+from .measure import draw, sheet
+from .scenes import SHAPES, cat_scenes, render, sample_scenes
 from .train_denoiser import KINDS, encode_scenes, load_vae, mend, sd_alphas
 from .train_text import load_encoder, states
 from .training import log, mixed
 
 RUNS = Path(__file__).resolve().parent / "runs"
-CANVASES = {64: (1024, 0.7), 96: (256, 0.15), 128: (160, 0.15)}  # pixels a side: (scenes, share of steps)
+CANVASES = {64: (1024, 0.55), 96: (256, 0.15), 128: (256, 0.3)}  # pixels a side: (scenes, share of steps)
 CAPTIONS = 2  # of each scene
 EMPTY_CHANCE = 0.1  # captions dropped, of scenes without the character only: no words must not come to mean it
 WARM_UP = 30  # steps
@@ -44,7 +46,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "unet": Recipe({".attn": 4, ".ff.": 4, ".proj_": 4}, steps=700, batch=32, lr=4e-3),
-    "dit": Recipe({"_attn.": 6, "_mlp.": 6, ".linear": 6}, steps=500, batch=16, lr=3e-3),
+    "dit": Recipe({"_attn.": 6, "_mlp.": 6, ".linear": 6}, steps=650, batch=16, lr=3e-3),
 }
 
 
@@ -64,35 +66,25 @@ def encode_texts(encoder, texts: list[str], device: str) -> tuple[torch.Tensor, 
     return torch.cat([context.half() for context, _ in parts]), torch.cat([pooled.half() for _, pooled in parts])
 
 
-def prepare(name: str, kind: str, folder: Path, *, device: str, seed: int, canvases=CANVASES) -> dict[int, Lesson]:
+def prepare(name: str, kind: str, folder: Path, *, device: str, seed: int) -> dict[int, Lesson]:
     """Scenes with the character, drawn, captioned and encoded once, by canvas."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     encoder, vae = load_encoder(folder, device), load_vae(folder, device, kind)
     writer = Writer(IMAGE_TRAINING._replace(misspelt=0.0), rng)
     prepared = {}
-    for size, (n, _) in canvases.items():
+    for size, (n, _) in CANVASES.items():
         scenes = lessons(name, n, size=size, generator=generator)
         texts = [text for _ in range(CAPTIONS) for text in write_captions(scenes, writer, WORDS)[0]]
-        spoken = [text if set(text.split()) & {WORDS[name]} or rng.random() >= EMPTY_CHANCE else "" for text in texts]
+        holds = ((scenes.kind >= len(SHAPES)) & scenes.present()).any(1).tolist() * CAPTIONS
+        spoken = [text if held or rng.random() >= EMPTY_CHANCE else "" for text, held in zip(texts, holds, strict=True)]
         encoded = encode_texts(encoder, spoken, device)
         contexts, pooled = (part.unflatten(0, (CAPTIONS, len(scenes))).transpose(0, 1) for part in encoded)
         prepared[size] = Lesson(encode_scenes(scenes, vae, device), contexts, pooled)
     return prepared
 
 
-def train(
-    name: str,
-    kind: str,
-    folder: Path,
-    output: Path,
-    material: dict[int, Lesson],
-    *,
-    recipe: Recipe,
-    device: str,
-    seed: int,
-    canvases=CANVASES,
-) -> list[float]:
-    """Train the character's LoRA for a model in `folder` and write it to `output`; returns the loss of every step."""
+def train(name: str, kind: str, folder: Path, output: Path, material: dict[int, Lesson], *, recipe: Recipe, device: str, seed: int) -> None:
+    """Train the character's LoRA for a model in `folder` and write it to `output`."""
     torch.manual_seed(seed)
     module = frozen(kind, folder, device)
     if kind == "dit":
@@ -103,7 +95,7 @@ def train(
     weights = parameters(adapters)
     optimizer = torch.optim.AdamW(weights, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
     alphas, loss_of, losses, began = sd_alphas(device), KINDS[kind][1], [], time.monotonic()
-    sizes, shares = list(material), torch.tensor([canvases[size][1] for size in material])
+    sizes, shares = list(material), torch.tensor([CANVASES[size][1] for size in material])
     for step in range(1, recipe.steps + 1):
         size = sizes[int(torch.multinomial(shares, 1))]
         lesson = material[size]
@@ -129,11 +121,10 @@ def train(
         "base": f"lab {kind}",
     }
     write(adapters, kind, output, about)
-    return losses
 
 
-def report(names: list[str], kinds: list[str], loras: Path, n: int) -> int:
-    """Tell how often the files below a folder make the shipped models draw their characters, n pictures a canvas."""
+def report(names: list[str], kinds: list[str], loras: Path, n: int) -> None:
+    """Tell how often the files below a folder make the shipped models draw their characters: n pictures a canvas."""
     eye = Eye.load()
     for kind in kinds:
         lab = host_lab.load(kind)
@@ -142,7 +133,21 @@ def report(names: list[str], kinds: list[str], loras: Path, n: int) -> int:
             for size in (64, 128):
                 told = measure(name, lab, model, eye, n=n, size=size)
                 log.info("%s, %s, %d px: %s", kind, name, size, {key: round(value, 3) for key, value in told.items()})
-    return 0
+
+
+def draw_sheet(names: list[str], kinds: list[str], loras: Path) -> None:
+    """A column for each character: the truth, then what each model draws with the files below a folder; twice as large as they are."""
+    any_of_them = sample_scenes(1, characters=1.0, plain=True, generator=torch.Generator().manual_seed(0))
+    truth = cat_scenes([show(name, any_of_them) for name in names])
+    for value, wanted in ((truth.x, 32.0), (truth.y, 32.0), (truth.diameter, 27.0), (truth.background, 0.5)):
+        value.fill_(wanted)
+    rows = [render(truth).movedim(1, -1)]
+    for kind in kinds:
+        lab = host_lab.load(kind)
+        for name in names:
+            model = with_lora(lab.model, loras / file_of(name, kind))
+            rows.append(draw(lab, [f"a large {WORDS[name]} in the centre on a grey background"], size=64, seed=1, model=model))
+    sheet(torch.cat(rows).repeat_interleave(2, 1).repeat_interleave(2, 2), loras / "characters.png", columns=len(names))
 
 
 def main(argv: list[str]) -> int:
@@ -151,7 +156,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", choices=[*RECIPES, "all"], default="all")
     parser.add_argument("--folder", type=Path, default=host_lab.WEIGHTS, help="where the models lie (default: the shipped ones)")
     parser.add_argument("--output", type=Path, default=RUNS / "loras", help="the files go to concept_lab/characters/ below it")
-    parser.add_argument("--measure", type=int, metavar="N", help="train nothing: read N pictures a canvas that the files in --output draw")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        metavar="N",
+        help="train nothing: read N pictures a canvas that the files below --output draw, and put some on a sheet",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
@@ -161,7 +171,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     names, kinds = list(WORDS) if options.name == "all" else [options.name], list(RECIPES) if options.model == "all" else [options.model]
     if options.measure:
-        return report(names, kinds, options.output, options.measure)
+        report(names, kinds, options.output, options.measure)
+        draw_sheet(names, kinds, options.output)
+        return 0
     for name in names:
         prepared = {}
         for kind in kinds:
