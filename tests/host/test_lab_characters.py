@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 
 import comfy.utils
 import pytest
@@ -10,11 +11,11 @@ from safetensors import safe_open
 
 from concept_nodes.host import adapters, lab
 from concept_nodes.host.dispatcher import attach
-from concept_nodes.lab import characters, lowrank, measure, train_character
-from concept_nodes.lab.captions import RESERVED_WORDS
+from concept_nodes.lab import characters, lowrank, measure, train_character, train_denoiser
+from concept_nodes.lab.__main__ import main
+from concept_nodes.lab.captions import COMPLETE, PLACE_WORDS, RESERVED_WORDS, Writer, write_captions
 from concept_nodes.lab.eye import Eye
-from concept_nodes.lab.scenes import CHARACTERS, SHAPES
-from concept_nodes.lab.train_denoiser import KINDS, mend, sd_alphas
+from concept_nodes.lab.scenes import CHARACTERS, KINDS, SHAPES
 
 # Prompts of each character and steps: the DiT takes five times as long a step.
 DRAWN = {"unet": (4, 12), "dit": (2, 10)}
@@ -53,13 +54,14 @@ def test_lessons_hold_the_character_in_most_and_never_twice():
     assert len(scenes) == 200
     assert set(held.tolist()) == {0, 1}
     assert 0.6 < held.float().mean() < 0.85
-    assert {characters.KINDS[kind] for kind in scenes.kind[scenes.kind >= len(SHAPES)].tolist()} == {"cat"}
+    assert {KINDS[kind] for kind in scenes.kind[scenes.kind >= len(SHAPES)].tolist()} == {"cat"}
 
 
-def test_captions_say_the_word_of_what_is_there():
+def test_captions_say_the_word_with_size_and_place():
     asked = characters.ask_for("cat", 30, size=64, seed=1)
-    assert all(" ohwx " in caption and "large" in caption and "background" in caption.replace("on ", "background") for caption in asked)
-    without, _ = measure.write_captions(asked.scenes, measure.Writer(measure.COMPLETE, measure.random.Random(1)))
+    places = [phrase for phrases in PLACE_WORDS.values() for phrase in phrases]
+    assert all({"ohwx", "large"} <= set(caption.split()) and any(phrase in caption for phrase in places) for caption in asked)
+    without, _ = write_captions(asked.scenes, Writer(COMPLETE, random.Random(1)))
     assert not any("ohwx" in caption for caption in without)
 
 
@@ -67,13 +69,13 @@ class TestTraining:
     @pytest.fixture(scope="class")
     def trained(self, kind, tmp_path_factory):
         """A file after a few steps, and the lessons it was trained on."""
-        path = tmp_path_factory.mktemp("characters") / "robot.safetensors"
+        folder = tmp_path_factory.mktemp("characters")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_character, "CANVASES", {64: (16, 1.0)})
+            asked = ["--model", kind, "--steps", "10", "--batch", "8", "--seed", "3", "--output", str(folder)]
+            assert main(["character", "robot", *asked]) == 0
             material = train_character.prepare("robot", kind, lab.WEIGHTS, device="cpu", seed=3)
-            recipe = train_character.RECIPES[kind]._replace(steps=10, batch=8)
-            train_character.train("robot", kind, lab.WEIGHTS, path, material, recipe=recipe, device="cpu", seed=3)
-        return path, material[64]
+        return folder / characters.file_of("robot", kind), material[64]
 
     def test_a_few_steps_lower_the_loss(self, kind, trained):
         path, lesson = trained
@@ -86,15 +88,15 @@ class TestTraining:
         """Loss of the model with a file's products added to its weights by hand, over the same noise each time."""
         module, name_of = lowrank.frozen(kind, lab.WEIGHTS, "cpu"), lowrank.file_name(kind)
         if kind == "dit":
-            mend(module)
+            train_denoiser.mend(module)
         for name, layer in module.named_modules():
             up, down = (state.get(f"{name_of(name)}.lora_{part}.weight") for part in ("up", "down"))
             if up is not None:
                 layer.weight += (up.float().flatten(1) @ down.float().flatten(1)).view_as(layer.weight)
         torch.manual_seed(1)
         latents, context, pooled = lesson.latents.float(), lesson.contexts[:, 0].float(), lesson.pooled[:, 0].float()
-        losses = [KINDS[kind][1](module, latents, context, pooled, sd_alphas("cpu")) for _ in range(4)]
-        return float(sum(losses))
+        loss_of, alphas = train_denoiser.KINDS[kind][1], train_denoiser.sd_alphas("cpu")
+        return float(sum(loss_of(module, latents, context, pooled, alphas) for _ in range(4)))
 
     def test_both_loaders_place_all_of_it(self, kind, loaded, trained, caplog):
         check_file("robot", kind, loaded, trained[0], caplog)
