@@ -38,7 +38,7 @@ from .families import family_of
 from .joint import Joint
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
-from .sites import JOINT, VECTOR, sites
+from .sites import JOINT, sites
 from .spread import Crop, Kind, Spread
 
 log = logging.getLogger("concept_nodes")
@@ -412,16 +412,13 @@ class Run:
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
         spread = self._spread(kind, active, placed, call) if kind else None
         for name, acts in self._acts.items():
-            site = self.sites.get(name)
             for act, members in acts:
                 values = [strengths[index] for index in members]
                 own = [index for index in members if index in placed]
                 if not own:
                     act.set_strengths(values)
-                elif site.kind == VECTOR:
-                    act.set_strengths([strengths[index] * (spread.area(index) if index in placed else 1.0) for index in members])
                 else:
-                    numbers, shares = spread.shares(site, own)
+                    numbers, shares = spread.shares(self.sites[name], own)
                     number_of = dict(zip(own, numbers, strict=True))
                     act.set_strengths(values, [number_of.get(index) for index in members], shares)
         if spread and self.crosses:

@@ -8,20 +8,26 @@ segment. A segment reads one text, with the adapters of all its places on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
+from ..ops.masks import pool
+
 
 class Place:
-    """A part of the picture. mask (height, width) in 0..1, of any size; texts: condition name ("positive", "negative") -> the context that
-    is read there instead of the common one.
+    """A part of the picture. mask (height, width) in 0..1, of any size, or what draws it for a height and width; texts: condition name
+    ("positive", "negative") -> the context that is read there instead of the common one.
     """
 
-    def __init__(self, mask: torch.Tensor, texts: Mapping[str, torch.Tensor] | None = None):
+    def __init__(self, mask: torch.Tensor | Callable[[int, int], torch.Tensor], texts: Mapping[str, torch.Tensor] | None = None):
         self.mask, self.texts = mask, dict(texts or {})
         self.group: tuple[Place, ...] = (self,)
+
+    def on(self, height: int, width: int) -> torch.Tensor:
+        """(height, width): the place's share of each cell of a grid over the picture."""
+        return self.mask(height, width) if callable(self.mask) else pool(self.mask[None].float(), height, width)[0]
 
     def text(self, condition: str) -> torch.Tensor | None:
         """What the entries of a condition read here, None for the common text. Guiders have more names than two: all that tell what is not

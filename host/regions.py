@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..ops.regions import Document, Region
+from ..ops.masks import pool
+from ..ops.regions import MOST, Document, Region
 from . import adapters, files
 from .dispatcher import Call, Effect, attach
 from .families import family_of
@@ -53,6 +54,8 @@ class Regions:
         """One more region, below the others. Raises RegionsError where the name is taken or there are too many."""
         if region.name in self.names():
             raise RegionsError(f"There is already a region named '{region.name}'. Give every region a name of its own.")
+        if len(self.document.regions) >= MOST:
+            raise RegionsError(f"There are {MOST} regions already, which is the most. Remove some, or join those with one prompt.")
         document = replace(self.document, regions=(*self.document.regions, region))
         return replace(self, document=document, masks=self.masks if mask is None else {**self.masks, region.name: mask})
 
@@ -77,10 +80,42 @@ class TextEffect(Effect):
         return lambda call: 1.0 if window == EVERYWHERE or window.holds(call.sigma) else 0.0
 
 
-CANVAS = 512  # pixels on the longer side of the masks that places keep; grids are averaged down from it
+class IsolationEffect(Effect):
+    """Regions whose positions see less of one another's: `strength` is taken from the logits of attention between them, until `end`."""
+
+    def __init__(self, places: Sequence[Place], strength: float, end: float):
+        super().__init__(f"Isolation of regions at {strength:g}", {})
+        self.apart, self.strength, self.end = tuple(places), strength, end
+
+    def strengths(self, model_sampling) -> Callable[[Call], float]:
+        window = Window.of(model_sampling, 0.0, self.end)
+        return lambda call: self.strength if window == EVERYWHERE or window.holds(call.sigma) else 0.0
 
 
-def apply(patcher, regions: Regions, clip=None, text: str = "own") -> tuple[Any, list[str]]:
+class Drawing:
+    """The regions' shares drawn for grids over the picture, each once: strokes and feathers depend on its proportions."""
+
+    FINER = 4  # dots a side for each cell
+
+    def __init__(self, regions: Regions):
+        self.regions = regions
+        self._drawn: tuple[tuple[int, int], torch.Tensor] | None = None
+
+    def shares(self, height: int, width: int) -> torch.Tensor:
+        """(K, height, width)"""
+        if self._drawn is None or self._drawn[0] != (height, width):
+            fine = self.regions.drawn(self.FINER * height, self.FINER * width)
+            self._drawn = (height, width), pool(fine, height, width)
+        return self._drawn[1]
+
+    def of(self, index: int) -> Callable[[int, int], torch.Tensor]:
+        """What draws one region alone."""
+        return lambda height, width: self.shares(height, width)[index]
+
+
+def apply(
+    patcher, regions: Regions, clip=None, text: str = "own", isolation: float = 0.0, isolation_end: float = 1.0
+) -> tuple[Any, list[str]]:
     """A clone of MODEL `patcher` with the regions on it, and report lines. Raises RegionsError, AdapterError, DocumentError and
     MissingFile.
     """
@@ -88,16 +123,16 @@ def apply(patcher, regions: Regions, clip=None, text: str = "own") -> tuple[Any,
     document = regions.document
     if not document.regions:
         return patcher, ["Nothing done: there are no regions. The model passes through unchanged."]
-    masks = regions.drawn(CANVAS, CANVAS)
+    drawing = Drawing(regions)
     effects: list[Effect] = []
     lines, places = [], []
-    for region, mask in zip(document.regions, masks, strict=True):
-        share = float(mask.mean())
+    for index, region in enumerate(document.regions):
+        share = float(drawing.shares(64, 64)[index].mean())
         if share == 0:
             lines.append(f"'{region.name}': nothing done, it covers no part of the picture.")
             continue
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
-        place = Place(mask, _texts(region, clip, loras))
+        place = Place(drawing.of(index), _texts(region, clip, loras))
         told = []
         for lora in loras:
             if lora.model == 0 or lora.start == lora.end:
@@ -120,6 +155,9 @@ def apply(patcher, regions: Regions, clip=None, text: str = "own") -> tuple[Any,
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
     group(places)
+    if isolation > 0 and isolation_end > 0 and len(places) > 1:
+        effects.append(IsolationEffect(places, isolation, isolation_end))
+        lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
     patcher = patcher.clone()
     for effect in effects:
         attach(patcher, effect)

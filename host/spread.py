@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.masks import pool
 from ..ops.shares import Shares
 from .joint import Joint
 from .places import Place, Segment, segments
-from .sites import JOINT, MAP, TEXT, Pyramid, Site
+from .sites import JOINT, MAP, TEXT, VECTOR, Pyramid, Site
 
 
 class Crop(NamedTuple):
@@ -49,7 +48,7 @@ class Spread:
         self.kind, self.device = kind, device
         self.places = list(dict.fromkeys(place for place, _ in placed.values()))
         self._number = {place: index for index, place in enumerate(self.places)}
-        whole = torch.cat([torch.zeros(0, *kind.full), *(pool(place.mask[None].float(), *kind.full) for place in self.places)])
+        whole = _on(kind.full, self.places)
         self.segments, shares = segments(self.places, whole)
         names = kind.names or ("",)
         self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
@@ -104,13 +103,11 @@ class Spread:
             self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns) for pyramid in self._masks]))
         return [columns.index(name) for name in names], self._of_sites[key]
 
-    def area(self, index: int) -> float:
-        """The share of the picture that an effect's place covers."""
-        return float(self._whole[self._number[self._placed[index]]].mean())
-
     def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str]]) -> torch.Tensor:
         """(columns, rows)"""
         at = [place for place, _ in columns]
+        if site.kind == VECTOR:
+            return pyramid.at(0)[at].mean((1, 2))[:, None]
         picture = pyramid.at(site.level)[at].flatten(1)
         if site.kind not in (TEXT, JOINT):
             return torch.nn.functional.pad(picture, (0, self._behind(site)))
@@ -136,9 +133,8 @@ class Spread:
         """(C or 1, tokens, tokens): how much of each position belongs to another of `places` than each other position does, from 0 to 1.
         The rest is apart from nobody.
         """
-        found = []
+        found, masks = [], _on(self.kind.full, places)
         for crop in self.kind.crops:
-            masks = torch.cat([pool(place.mask[None].float(), *self.kind.full) for place in places])
             cut = masks[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
             rows = Pyramid(cut).at(level).flatten(1)
             total = rows.sum(0)
@@ -149,3 +145,8 @@ class Spread:
         """Positions at a level."""
         crop = self.kind.crops[0]
         return -(-crop.height // 2**level) * -(-crop.width // 2**level)
+
+
+def _on(grid: tuple[int, int], places: Sequence[Place]) -> torch.Tensor:
+    """(K, height, width)"""
+    return torch.stack([place.on(*grid) for place in places]) if places else torch.zeros(0, *grid)

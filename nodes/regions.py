@@ -29,6 +29,7 @@ from ._shared import (
 )
 
 LIMIT = 100.0
+LIMIT_ISOLATION = 10.0
 TEXTS = ("own", "none", "all")
 
 
@@ -301,6 +302,18 @@ class RegionsApply(io.ComfyNode):
                         "(neutral): those that the region reads; 'none': no row; 'all': every row, which leaks."
                     ),
                 ),
+                io.Float.Input(
+                    "isolation",
+                    default=0.0,
+                    min=0.0,
+                    max=LIMIT_ISOLATION,
+                    step=0.1,
+                    tooltip=(
+                        "How much less the regions see of one another while the picture forms: taken from the logits of attention between "
+                        "them. 0 (neutral): they see all of it, which keeps the picture in one piece; 10: hardly anything."
+                    ),
+                ),
+                share_input("isolation_end", 0.5, "Until when isolation holds, as a share of sampling. No effect at isolation 0."),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the regions' prompts. Neutral: not connected, if no region has one."),
             ],
             outputs=[
@@ -313,8 +326,9 @@ class RegionsApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, regions, text="own", clip=None) -> io.NodeOutput:
-        applied, lines = apply(model, regions, clip, text)
+    def execute(cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None) -> io.NodeOutput:
+        check_numbers(isolation, 0.0, isolation_end, strength_name="isolation")
+        applied, lines = apply(model, regions, clip, text, isolation, isolation_end)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
 

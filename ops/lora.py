@@ -85,7 +85,9 @@ class _Together:
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         z = F.linear(x, self.down).mul_(self.gain)
-        if self.shares is not None:
+        if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
+            z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
+        elif self.shares is not None:
             missing = z.shape[-2] - self.shares.tokens
             if missing < 0:  # not the sequence that was shared out
                 return
@@ -209,7 +211,7 @@ class Stack:
         for owner, factors in self._flat:
             if places[owner] is not None:
                 ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
-        if self.convolution is not None or len(ranks) < 2:
+        if self.convolution is not None or shares.tokens == 1 or len(ranks) < 2:
             return False
         return shares.picked * max(ranks.values()) < self.WORTH * shares.tokens * sum(ranks.values())
 
