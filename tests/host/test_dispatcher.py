@@ -605,7 +605,7 @@ def test_nothing_of_a_run_outlives_it(plain):
     def note(executor, *args, **kwargs):
         gate = executor.class_obj.apply_model.__self__
         kept.extend([weakref.ref(gate), weakref.ref(gate.runs[0])])
-        kept.extend(weakref.ref(layer.acts[0].down) for layer in gate.layers)
+        kept.extend(weakref.ref(layer.acts[0]._plain.down) for layer in gate.layers)
         return executor(*args, **kwargs)
 
     gc.disable()
