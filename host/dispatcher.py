@@ -564,6 +564,7 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
+        run.sampling = None  # which holds the run for its record
         gate.release()
         if not gate.runs:
             gate.remove()
