@@ -34,15 +34,18 @@ class CrossAct:
         self.shares: Shares | None = None
         self.texts: Sequence[Sequence[torch.Tensor | None]] = ()
         self.lengths: Sequence[int] = ()
+        self.tokens = self.batch = 0
         self.called = False
         self.of: Hashable = None
         self._kept: dict[Hashable, tuple[list, int]] = {}
 
-    def set_texts(self, shares: Shares, texts: Sequence[Sequence[torch.Tensor | None]], lengths: Sequence[int]) -> None:
+    def set_texts(
+        self, shares: Shares, texts: Sequence[Sequence[torch.Tensor | None]], lengths: Sequence[int], tokens: int, batch: int
+    ) -> None:
         """shares: those of S segments; texts: for each of them, for each chunk of the batch, a context (1, n, width) or None for the
-        chunk's own; lengths: tokens of each segment, a multiple of all that its chunks read.
+        chunk's own; lengths: tokens of each segment, a multiple of all that its chunks read; tokens, batch: of the common text, and rows.
         """
-        self.shares, self.texts, self.lengths = shares, texts, lengths
+        self.shares, self.texts, self.lengths, self.tokens, self.batch = shares, texts, lengths, tokens, batch
 
     def forget(self) -> None:
         """What acts on the keys and values has changed."""
@@ -52,7 +55,9 @@ class CrossAct:
     def run(self, inner, x, context=None, value=None, mask=None, transformer_options=None):
         """The module's output; `inner` is its own forward, for calls that are not over the picture's own tokens."""
         module, options = self.module, transformer_options or {}
-        if context is None or mask is not None or x.shape[-2] != self.shares.tokens:
+        ours = context is not None and mask is None and x.shape[-2] == self.shares.tokens
+        # Another extension's patch may have made the words more, or the rows.
+        if not ours or context.shape[:2] != (self.batch, self.tokens) or (value is not None and value.shape[:2] != context.shape[:2]):
             return inner(x, context=context, value=value, mask=mask, transformer_options=options)
         self.called = True
 
@@ -98,7 +103,9 @@ class SelfAct:
 
     def run(self, inner, x, context=None, value=None, mask=None, transformer_options=None):
         bias = self.bias
-        if bias is not None and mask is None and x.shape[-2] == bias.shape[-1]:
+        keys = x if context is None else context
+        fits = bias is not None and x.shape[-2] == keys.shape[-2] == bias.shape[-1] and len(bias) in (1, len(x))
+        if fits and mask is None:
             self.called = True
             mask = bias.to(x.dtype).expand(len(x), -1, -1, -1)
         return inner(x, context=context, value=value, mask=mask, transformer_options=transformer_options or {})

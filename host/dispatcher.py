@@ -252,12 +252,14 @@ class Gate(Overlay):
         owner = call.owner
         run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
         with self._acting(run.layers(call) if run else []):
-            if run is not None:
-                kwargs = run.arguments(kwargs, references)
-            output = self.inner(x, t, *args, **kwargs)
-            if run is not None:
-                run.after()
-            return output
+            if run is None:
+                return self.inner(x, t, *args, **kwargs)
+            try:
+                output = self.inner(x, t, *args, **run.arguments(kwargs, references))
+                run.look_back()
+                return output
+            finally:
+                run.leave()
 
     def release(self) -> None:
         """Take away the layers kept from the last call."""
@@ -298,6 +300,8 @@ class Sampling:
         # every area a counterpart. With the latent's height and width, and each entry's area in it.
         self.entries: dict[tuple[Any, int], tuple[str, Sequence[int] | None]] = {}
         self.full: tuple[int, int] | None = None
+        # Whether nobody is known to change a condition's words from call to call.
+        self.steady = False
         self.ended: list[int] = []
         self.denoised: torch.Tensor | None = None
 
@@ -305,7 +309,7 @@ class Sampling:
 class Run:
     """One patcher's effects from its pre_run to its cleanup; tensors on the device live no longer than this."""
 
-    SPREADS = 4  # kinds of calls remembered: conditions of other sizes or areas take turns in every step
+    SPREADS = 8  # kinds of calls remembered: conditions of other sizes or areas take turns in every step
     MOST_PAIRS = 2**26  # positions times positions that a bias between them is made for
 
     def __init__(self, patcher):
@@ -331,6 +335,8 @@ class Run:
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
+        # The calls under way, and what was told for them: some wrappers evaluate the model again from within a call.
+        self._open: list[tuple] = []
 
     def layers(self, call: Call) -> list[Layer]:
         """The layers for one call: none when no effect acts in it."""
@@ -339,6 +345,7 @@ class Run:
         self._calls.append((call.t.detach().flatten()[:1].float(), len(self.sampling.ended), active))
         if not active:
             self.joint, self._told, self._around = None, None, []
+            self._open.append(None)
             return []
         key = (active, call.x.device, call.model.get_dtype_inference())
         if key != self._key:
@@ -348,12 +355,13 @@ class Run:
         if told != self._told:
             self._tell(strengths, told[1], active, call)
             self._told = told
+        self._open.append((self._key, self._acts, told, active, call))
         layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
         kept = self._texts_stay(call)
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
-                act.of = kept
+                act.of = None if kept is None else (kept, told[1])
         return layers + [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around]
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
@@ -364,8 +372,19 @@ class Run:
             self.notes["A condition's own attention mask was replaced by the regions' one."] = None
         return arguments | self.joint.arguments(arguments["c_crossattn"], references)
 
-    def after(self) -> None:
-        """After a call: what of it went around us."""
+    def leave(self) -> None:
+        """After a call: what was told for the call around it holds again."""
+        self._open.pop()
+        if self._open and self._open[-1] is not None:
+            self._key, self._acts, told, active, call = self._open[-1]
+            if told != self._told:
+                self._tell(*told, active, call)
+                self._told = told
+
+    def look_back(self) -> None:
+        """After a call that went well: what of it went around us."""
+        if any(spread.missed() for spread in self._spreads.values()):
+            self.notes["Layers that worked on other tokens than the picture's (a shrunk one?) got nothing of what has a place."] = None
         around = sum(not act.called for _, act in self._around)
         if around:
             told = "another extension replaces them, or changed how many tokens they work on"
@@ -409,6 +428,9 @@ class Run:
     def _tell(self, strengths: tuple[float, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
         """Hand strengths and places to the acts."""
         self.joint, self._around = None, []
+        if self._told is None or self._told[0] != strengths:
+            for cross in self.crosses.values():
+                cross.forget()
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
         spread = self._spread(kind, active, placed, call) if kind else None
         for name, acts in self._acts.items():
@@ -424,7 +446,7 @@ class Run:
         if spread and self.crosses:
             self._read_apart(spread, placed)
         if kind and self.selves:
-            self._keep_apart(strengths, spread or Spread(kind, {}, call.x.device), active)
+            self._keep_apart(strengths, spread, active)
 
     def _spread(self, kind: Kind, active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
         # A joint sequence depends on isolation's strength, which is part of its bias; a spread for cross-attention does not.
@@ -433,7 +455,10 @@ class Run:
         if key not in self._spreads:
             spread = Spread(kind, placed, call.x.device)
             if self.reads_jointly:
-                biases = [-strength * spread.apart(1, self.effects[index].apart) for index, strength in apart]
+                few = spread.tokens(1) ** 2 * len(kind.crops) <= self.MOST_PAIRS
+                biases = [-strength * spread.apart(1, self.effects[index].apart) for index, strength in apart if few]
+                if apart and not few:
+                    self._note_too_many(spread.tokens(1))
                 own = any(self.effects[index].text == "own" and self.effects[index].parts for index in placed)
                 spread.joint = spread.read_jointly(own, sum(biases) if biases else None)
             else:
@@ -441,17 +466,23 @@ class Run:
             while len(self._spreads) >= self.SPREADS:
                 self._spreads.pop(next(iter(self._spreads)))
             self._spreads[key] = spread
-        self.joint = self._spreads[key].joint
-        return self._spreads[key]
+        spread = self._spreads[key] = self._spreads.pop(key)  # the last used goes last
+        self.joint = spread.joint
+        return spread
 
     def _read_apart(self, spread: Spread, placed: Mapping) -> None:
         """Cross-attention: texts of segments where they differ, or where adapters on words do."""
         words = {name.rpartition(".")[0] for index in placed for name in self.effects[index].parts if name.endswith((".to_k", ".to_v"))}
         readers = any(segment.reader for segment in spread.segments)
         for name, cross in self.crosses.items():
-            cross.forget()
             if readers or name in words:
-                cross.set_texts(spread.segment_shares(self.attention_sites[f"{name}.to_q"]), spread.texts, spread.lengths)
+                cross.set_texts(
+                    spread.segment_shares(self.attention_sites[f"{name}.to_q"]),
+                    spread.texts,
+                    spread.lengths,
+                    spread.kind.tokens,
+                    spread.kind.batch,
+                )
                 self._around.append((name, cross))
 
     def _keep_apart(self, strengths: tuple[float, ...], spread: Spread, active: tuple[int, ...]) -> None:
@@ -461,7 +492,11 @@ class Run:
         for name, act in self.selves.items() if isolating else ():
             level = self.attention_sites[f"{name}.to_q"].level
             if level not in biases:
-                biases[level] = self._bias(spread, level, {index: strengths[index] for index in isolating})
+                own = tuple((index, strengths[index]) for index in isolating)
+                if (level, own) not in spread.biases:
+                    spread.biases = {key: bias for key, bias in spread.biases.items() if key[1] == own}
+                    spread.biases[level, own] = self._bias(spread, level, dict(own))
+                biases[level] = spread.biases[level, own]
             act.bias = biases[level]
             if act.bias is not None:
                 self._around.append((name, act))
@@ -469,21 +504,25 @@ class Run:
     def _bias(self, spread: Spread, level: int, strengths: Mapping[int, float]) -> torch.Tensor | None:
         """(batch or 1, 1, tokens, tokens)"""
         tokens = spread.tokens(level)
-        if tokens**2 > self.MOST_PAIRS:
-            self.notes[f"Isolation was left out in attentions over {tokens} positions: they are too many for it."] = None
+        if tokens**2 * len(spread.kind.crops) > self.MOST_PAIRS:
+            self._note_too_many(tokens)
             return None
         apart = sum(-strength * spread.apart(level, self.effects[index].apart) for index, strength in strengths.items())
         if len(apart) > 1:
             apart = apart.repeat_interleave(spread.kind.batch // len(apart), 0)
         return apart[:, None].to(spread.device)
 
+    def _note_too_many(self, tokens: int) -> None:
+        self.notes[f"Isolation was left out in attentions over {tokens} positions: they are too many for it."] = None
+
     def _texts_stay(self, call: Call):
         """By what keys and values of a call's texts are known again in later steps; None where they might differ all the same."""
         options = call.options
         if torch.is_grad_enabled() or "attn2_patch" in options.get("patches", {}) or any(_wrapped(options, kind) for kind in INSIDE):
             return None
-        # Hooks change weights from step to step.
-        if getattr(self.patcher, "current_hooks", None) is not None or "uuids" not in options:
+        # Hooks change weights from step to step; the host applies them through the patcher that it began last.
+        patcher = self.patcher.model.current_patcher or self.patcher
+        if not self.sampling.steady or patcher.current_hooks is not None or "uuids" not in options:
             return None
         return tuple(zip(options["uuids"], options.get("cond_or_uncond", ()), strict=False))
 
@@ -564,6 +603,7 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
+        run.sampling = None  # which holds the run for its record
         gate.release()
         if not gate.runs:
             gate.remove()
@@ -588,13 +628,24 @@ def _claim(patcher, conds) -> None:
 def _calculate(executor, model, conds, x_in, timestep, model_options):
     """CALC_COND_BATCH. The last place that sees whole latents, and entries with their areas."""
     for this in _nested()[-1:]:
-        this.full, this.entries = tuple(x_in.shape[-2:]), {}
+        this.full, this.entries, this.steady = tuple(x_in.shape[-2:]), {}, _steady(model_options)
         for number, entries in enumerate(conds):
-            name = next((name for name, known in this.guider.conds.items() if known is entries), None)
+            # The first is no copy of another condition's.
+            name = this.names.get(entries[0].get("uuid"), "") if entries else ""
             for entry in entries or ():
-                uuid = entry.get("uuid")
-                this.entries[uuid, number] = (this.names.get(uuid, "") if name is None else name, entry.get("area"))
+                this.entries[entry.get("uuid"), number] = name, entry.get("area")
     return executor(model, conds, x_in, timestep, model_options)
+
+
+def _steady(options: Mapping[str, Any]) -> bool:
+    """Whether nobody outside of the model is known to give it other words from call to call under the same condition."""
+    if any(options.get(key) is not None for key in ("context_handler", "model_function_wrapper", "sampler_calc_cond_batch_function")):
+        return False
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    others = (
+        key for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE) for key, found in wrappers.get(kind, {}).items() if found
+    )
+    return all(key == KEY for key in others)
 
 
 def _release(uuids: Iterable) -> None:

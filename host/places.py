@@ -55,7 +55,7 @@ def segments(places: Sequence[Place], masks: torch.Tensor) -> tuple[list[Segment
     Of several texts for one position, that of the group that came last is read.
     """
     at = {id(place): index for index, place in enumerate(places)}
-    found = [(Segment(frozenset(), None), torch.ones_like(masks[0]))]
+    found = [(Segment(frozenset(), None), torch.ones(masks.shape[1:]))]
     seen: set[int] = set()
     for place in places:
         if id(place) in seen:

@@ -136,6 +136,7 @@ def apply(
         told = []
         for lora in loras:
             if lora.model == 0 or lora.start == lora.end:
+                told.append(f"'{lora.label}': nothing done on the model, its strength is 0 or its window empty.")
                 continue
             placement = adapters.place(patcher, lora.state, lora.label)
             effect = adapters.AdapterEffect(
@@ -146,7 +147,8 @@ def apply(
             told.append(f"'{lora.label}' at {lora.model:g}. {placement.report}")
         if place.texts:
             effects.append(TextEffect(f"'{region.name}': prompt", place))
-        if not told and not place.texts:
+        if not place.texts and not any(effect.place is place for effect in effects):
+            lines += told
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")
             continue
         places.append(place)
@@ -170,10 +172,20 @@ def _read(lora) -> Hung:
     return Hung(lora.file, state, lora.model, lora.clip, lora.start, lora.end)
 
 
+def _with_text_part(clip, lora: Hung):
+    """A clone of CLIP with what a LoRA has for it. Not by the host's loader, which would warn of every key that is the model's."""
+    import comfy.lora
+    import comfy.lora_convert
+
+    targets = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora.state)), targets, log_missing=False)
+    clip = clip.clone()
+    clip.add_patches(patches, lora.clip)
+    return clip
+
+
 def _texts(region: Region, clip, loras: Sequence[Hung]) -> dict[str, torch.Tensor]:
     """The region's own texts as contexts, by condition."""
-    import comfy.sd
-
     wanted = {name: text for name, text in (("positive", region.prompt), ("negative", region.negative)) if text.strip()}
     if not wanted:
         return {}
@@ -183,5 +195,5 @@ def _texts(region: Region, clip, loras: Sequence[Hung]) -> dict[str, torch.Tenso
         )
     for lora in loras:
         if lora.clip != 0:
-            clip = comfy.sd.load_lora_for_models(None, clip, dict(lora.state), 0, lora.clip)[1]
+            clip = _with_text_part(clip, lora)
     return {name: clip.encode_from_tokens(clip.tokenize(text)) for name, text in wanted.items()}

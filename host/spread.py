@@ -58,6 +58,7 @@ class Spread:
         self._of_sites: dict = {}
         self.lengths: list[int] = []
         self.joint: Joint | None = None
+        self.biases: dict = {}
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
         """One pyramid for each crop."""
@@ -128,6 +129,10 @@ class Spread:
         if len(chunks) > 1:
             rows = rows.repeat_interleave(self.kind.batch // len(chunks), 1)
         return rows.to(self.device)
+
+    def missed(self) -> bool:
+        """Whether a layer had other rows than were shared out."""
+        return any(shares.missed for shares in self._of_sites.values())
 
     def apart(self, level: int, places: Sequence[Place]) -> torch.Tensor:
         """(C or 1, tokens, tokens): how much of each position belongs to another of `places` than each other position does, from 0 to 1.

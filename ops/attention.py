@@ -43,6 +43,8 @@ def blend_sorted(attend: Attend, q: Tensor, texts: Sequence[tuple[Bucket, Tensor
     for bucket, k, v in texts:
         asked = bucket.pick(q)
         read = attend(asked.reshape(len(k), -1, q.shape[-1]), k, v)
+        if torch.is_grad_enabled():  # some attentions keep their output for the backward pass
+            read = read.clone()
         bucket.add(out.view(-1, out.shape[-1]), bucket.weigh(read.reshape(asked.shape)))
     return out
 

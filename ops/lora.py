@@ -80,7 +80,7 @@ class _Together:
         self.columns = None if shares is None else torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device)
 
     def follow(self, x: Tensor) -> None:
-        self.down = self.down.to(x.device, x.dtype)
+        self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
@@ -90,6 +90,7 @@ class _Together:
         elif self.shares is not None:
             missing = z.shape[-2] - self.shares.tokens
             if missing < 0:  # not the sequence that was shared out
+                self.shares.missed = True
                 return
             rows = self.shares.rows.movedim(0, -1)[..., self.columns]
             z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
@@ -103,6 +104,9 @@ class _Together:
 
     def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
         z = CONVOLUTIONS[x.ndim](x, self.down, **convolution).flatten(2).mul_(self.gain[:, None])
+        if self.shares is not None and z.shape[-1] != self.shares.tokens:
+            self.shares.missed = True
+            return
         if self.shares is not None:
             z = z.mul_(self.shares.rows.movedim(0, 1)[:, self.columns])
         flat = y.view(*y.shape[:2], -1)
@@ -139,34 +143,43 @@ class _Apart:
                     filled += rank
                 if filled < width:
                     downs[at].append(torch.zeros(width - filled, flat[0][1].down.shape[1]))
-                    gains[at] += [(0, 0.0)] * (width - filled)
+                    gains[at] += [(-1, 0.0)] * (width - filled)
             self.ups.append((rows, first, up.to(device, dtype)))
             first += width
         self.down = torch.stack([torch.cat(parts) for parts in downs]).transpose(1, 2).to(device, dtype)
-        self._owners = torch.tensor([[owner for owner, _ in row] for row in gains])
+        self._owners = torch.tensor([[max(owner, 0) for owner, _ in row] for row in gains])
         self._scales = torch.tensor([[scale for _, scale in row] for row in gains])
+        self._filled = torch.tensor([[owner < 0 for owner, _ in row] for row in gains])
 
     def set(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> None:
         gain = torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales
-        if bool((gain == gain[:, :1])[self._scales != 0].all()):
+        if bool(((gain == gain[:, :1]) | self._filled).all()):
             gain = gain[:, :1]
         self.shares, self.gain = shares, gain[:, None, None, :].to(self.down.device)
-        self._at = {place: at for at, place in enumerate(self._of)}
+        self._cut()
+
+    def _cut(self) -> None:
+        """The matrices and gains of each bucket's places, cut out once and not in every call."""
+        self._parts = {}
+        for places in self.shares.groups():
+            at = [self._of.index(place) for place in places]
+            if at == list(range(len(self._of))):
+                self._parts[places] = self.down, self.gain, self.ups
+            else:
+                self._parts[places] = self.down[at], self.gain[at], [(rows, first, up[at]) for rows, first, up in self.ups]
 
     def follow(self, x: Tensor) -> None:
-        self.down = self.down.to(x.device, x.dtype)
+        self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
+        self._cut()
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
-            at = [self._at[place] for place in bucket.places]
-            every = len(at) == len(self._of)
-            z = torch.bmm(bucket.pick(x), self.down if every else self.down[at])
-            z = bucket.weigh(z, self.gain if every else self.gain[at])
-            for rows, first, up in self.ups:
-                part = torch.bmm(z.narrow(2, first, up.shape[1]), up if every else up[at])
-                bucket.add(_narrow(flat, rows), part)
+            down, gain, ups = self._parts[bucket.places]
+            z = bucket.weigh(torch.bmm(bucket.pick(x), down), gain)
+            for rows, first, up in ups:
+                bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
 
 
 class Stack:
@@ -183,7 +196,7 @@ class Stack:
     def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
         self.convolution, self.device, self.dtype = convolution, device, dtype
-        self._layout = None
+        self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | None]] = {}
         self.set_strengths([1.0] * len(adapters))
 
     def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
@@ -192,18 +205,24 @@ class Stack:
         """
         places = tuple(places) if shares is not None else (None,) * len(strengths)
         apart = shares is not None and self._saves(places, shares)
-        if self._layout != (places, apart):
-            self._layout = (places, apart)
-            plain = [item for item in self._flat if places[item[0]] is None]
-            placed = [item for item in self._flat if places[item[0]] is not None]
-            self._plain = _Together(plain, self.device, self.dtype) if plain else None
-            self._placed = None
-            if placed:
-                self._placed = _Apart(placed, places, self.device, self.dtype) if apart else _Together(placed, self.device, self.dtype)
+        if (places, apart) not in self._built:
+            while len(self._built) > 1:  # calls over the whole picture and over a part of it may take turns
+                self._built.pop(next(iter(self._built)))
+            self._built[places, apart] = self._build(places, apart)
+        self._plain, self._placed = self._built[places, apart]
         if self._plain:
             self._plain.set(strengths, places, None)
         if self._placed:
             self._placed.set(strengths, places, shares)
+
+    def _build(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
+        """The adapters without a place, and those with one."""
+        plain = [item for item in self._flat if places[item[0]] is None]
+        placed = [item for item in self._flat if places[item[0]] is not None]
+        first = _Together(plain, self.device, self.dtype) if plain else None
+        if not placed:
+            return first, None
+        return first, _Apart(placed, places, self.device, self.dtype) if apart else _Together(placed, self.device, self.dtype)
 
     def _saves(self, places: Sequence[int | None], shares: Shares) -> bool:
         """Whether it takes less work to compute each place's adapters on its own rows."""
@@ -237,6 +256,7 @@ class Stack:
     def _follow(self, x: Tensor) -> None:
         """Some layers compute in another dtype than the model at large: the stack is cast once and stays with it."""
         self.device, self.dtype = x.device, x.dtype
+        self._built = {key: built for key, built in self._built.items() if built[0] is self._plain and built[1] is self._placed}
         for part in (self._plain, self._placed):
             if part is not None:
                 part.follow(x)

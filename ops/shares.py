@@ -57,6 +57,12 @@ class Shares:
                 self._sizes.setdefault((count - 1).bit_length(), []).append(place)
         self.picked = sum(len(places) * max(counts[place] for place in places) for places in self._sizes.values())
         self._counts, self._buckets = counts, {}
+        # Whether a layer had other rows than these, and so got nothing of them.
+        self.missed = False
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """The places of each bucket."""
+        return [tuple(places) for places in self._sizes.values()]
 
     @property
     def tokens(self) -> int:
@@ -67,9 +73,10 @@ class Shares:
         sequence that is shorter than ours nobody has anything: it is not the one that was shared out.
         """
         if tokens < self.tokens:
+            self.missed = True
             return []
         if (batch, tokens) not in self._buckets:
-            self._buckets[batch, tokens] = [self._bucket(tuple(places), batch, tokens) for places in self._sizes.values()]
+            self._buckets[batch, tokens] = [self._bucket(places, batch, tokens) for places in self.groups()]
         return self._buckets[batch, tokens]
 
     def _bucket(self, places: tuple[int, ...], batch: int, tokens: int) -> Bucket:

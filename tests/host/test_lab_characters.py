@@ -18,7 +18,7 @@ from concept_nodes.lab.eye import Eye
 from concept_nodes.lab.scenes import CHARACTERS, KINDS, SHAPES
 
 # Prompts of each character and steps: the DiT takes five times as long a step.
-DRAWN = {"unet": (4, 12), "dit": (2, 10)}
+DRAWN = {"unet": (3, 12), "dit": (2, 10)}
 
 
 @pytest.fixture(scope="module", params=lab.MODELS)
@@ -72,7 +72,8 @@ class TestTraining:
         folder = tmp_path_factory.mktemp("characters")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_character, "CANVASES", {64: (16, 1.0)})
-            asked = ["--model", kind, "--steps", "10", "--batch", "8", "--seed", "3", "--output", str(folder)]
+            patch.setattr(train_character, "WARM_UP", 1)
+            asked = ["--model", kind, "--steps", "15", "--batch", "8", "--seed", "3", "--output", str(folder)]
             assert main(["character", "robot", *asked]) == 0
             material = train_character.prepare("robot", kind, lab.WEIGHTS, device="cpu", seed=3)
         return folder / characters.file_of("robot", kind), material[64]
@@ -80,7 +81,7 @@ class TestTraining:
     def test_a_few_steps_lower_the_loss(self, kind, trained):
         path, lesson = trained
         before, after = (self.loss(kind, lesson, state) for state in ({}, comfy.utils.load_torch_file(str(path))))
-        assert after < 0.97 * before
+        assert after < 0.97 * before, (before, after)
 
     @staticmethod
     @torch.no_grad()
@@ -122,16 +123,17 @@ class TestShipped:
         check_file(name, kind, loaded, characters.path_of(name, kind), caplog)
 
     def test_words_draw_their_characters_with_their_files_and_nothing_like_them_without(self, kind, loaded):
-        """Measured shares are 0.9 and more over 96 pictures each, and 0 without."""
-        eye, (n, steps), with_file, without = Eye.load(), DRAWN[kind], [], []
+        """Measured shares are 0.91 and more of 24 or 48 pictures each."""
+        eye, (n, steps), right, captions = Eye.load(), DRAWN[kind], [], []
         for at, name in enumerate(CHARACTERS):
             asked = characters.ask_for(name, n, size=64, seed=at)
+            captions.append(asked[0])
             model = characters.with_lora(loaded.model, characters.path_of(name, kind))
-            for found, drawn_by in ((with_file, model), (without, loaded.model)):
-                pictures = measure.draw(loaded, list(asked), size=64, seed=20 * at, steps=steps, model=drawn_by)
-                found += characters.drawn_hits(name, asked, eye.read(pictures))["identity"]
-        assert sum(with_file) >= 0.75 * len(with_file) >= 9, with_file
-        assert sum(without) <= 0.1 * len(without), without
+            pictures = measure.draw(loaded, list(asked), size=64, seed=20 * at, steps=steps, model=model)
+            right += characters.drawn_hits(name, asked, eye.read(pictures))["identity"]
+        assert sum(right) >= 0.75 * len(right) >= 9, right
+        without = [characters.surest(reading) for reading in eye.read(measure.draw(loaded, captions * 2, size=64, seed=5, steps=steps))]
+        assert sum(seen == name for seen, name in zip(without, CHARACTERS * 2, strict=True)) <= 1, without
 
     def test_our_placement_draws_what_the_stock_loader_draws(self, kind, loaded):
         path = characters.path_of("cat", kind)

@@ -380,3 +380,62 @@ def test_wrappers_of_others_see_one_call_a_step(unet):
         regions = regions.with_lora(str(index), Hung("lora", models.lora(unet, seed=index)))
     models.sample(sampling.wrapped(put(unet, regions), WrappersMP.DIFFUSION_MODEL, count))
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("kind", list(models.KINDS))
+def test_isolation_while_no_lora_acts_yet(kind):
+    """Its window ends before theirs begin: the first steps have isolation alone."""
+    model = models.build(kind)
+    regions = Regions()
+    for name, x in (("left", 0.0), ("right", 0.5)):
+        regions = regions.with_region(Region(name, shapes=(Box(x, 0, 0.5, 1),))).with_lora(
+            name, Hung("lora", models.lora(model), start=0.6)
+        )
+    samples = models.sample(put(model, regions, isolation=3.0, isolation_end=0.5))
+    assert samples.isfinite().all()
+    assert "Isolation of regions at 3: acted in" in told(samples)
+
+
+def test_words_that_a_function_wrapper_changes_step_by_step_are_read_anew(unet):
+    placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9))).clone()
+    placed.set_model_unet_function_wrapper(lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+    assert TestKeysKept().count(placed)[0] == 4
+
+
+@pytest.mark.parametrize("words", [7 + 4, 3])
+def test_more_or_fewer_words_by_another_pack_go_around_with_a_note(unet, words):
+    placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9))).clone()
+
+    def patch(n, context, value, options):
+        context = torch.cat([context, context], 1)[:, :words]
+        return n, context, context
+
+    placed.set_model_attn2_patch(patch)
+    assert "attentions did not follow the regions" in told(models.sample(placed))
+
+
+def test_under_a_shrunk_picture_it_runs_and_says_what_it_left_out(unet):
+    """The host's own Deep Shrink halves the picture within the network."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9)))
+    shrunk = PatchModelAddDownscale.execute(placed, 1, 2.0, 0.0, 1.0, True, "bicubic", "bicubic").result[0]
+    samples = models.sample(shrunk, size=16)
+    assert samples.isfinite().all()
+    assert "got nothing of what has a place" in told(samples)
+
+
+def test_a_model_evaluated_again_within_a_call_changes_nothing(unet):
+    """By a wrapper around the network, with one condition only, as some guidances do."""
+    placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9)), isolation=2.0, isolation_end=1.0)
+    inner = []
+
+    def again(executor, x, t, context, y, control, options, **kwargs):
+        if not inner:
+            inner.append(1)
+            one = options | {"uuids": options["uuids"][:1], "cond_or_uncond": options["cond_or_uncond"][:1]}
+            placed.model.apply_model(x[:1], t[:1], c_crossattn=context[:1], transformer_options=one)
+            inner.clear()
+        return executor(x, t, context, y, control, options, **kwargs)
+
+    assert torch.equal(models.sample(sampling.wrapped(placed, WrappersMP.DIFFUSION_MODEL, again)), models.sample(placed))
