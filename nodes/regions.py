@@ -327,7 +327,9 @@ class RegionsApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None) -> io.NodeOutput:
-        check_numbers(isolation, 0.0, isolation_end, strength_name="isolation")
+        check_numbers(isolation, 0.0, 1.0, strength_name="isolation")
+        if not 0.0 <= isolation_end <= 1.0:
+            raise ValueError(f"isolation_end is {isolation_end}. Set it to a share of sampling from 0 to 1.")
         applied, lines = apply(model, regions, clip, text, isolation, isolation_end)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
