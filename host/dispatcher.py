@@ -380,6 +380,9 @@ class Run:
             if told != self._told:
                 self._tell(*told, active, call)
                 self._told = told
+            for _, act in self._around:
+                if isinstance(act, CrossAct):
+                    act.of = None  # what the rest of the call reads is not the inner call's
 
     def look_back(self) -> None:
         """After a call that went well: what of it went around us."""
