@@ -32,11 +32,19 @@ from typing import Any, Protocol
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
 
+from ..ops.shares import Shares
+from .cross import CrossAct, Kept, SelfAct
+from .families import family_of
+from .joint import Joint
+from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
+from .sites import JOINT, sites
+from .spread import Crop, Kind, Spread
 
 log = logging.getLogger("concept_nodes")
 
 KEY = "concept_nodes"
+INSIDE = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # what may change a prompt within a call
 RUN = "concept_nodes_run"
 
 
@@ -47,8 +55,10 @@ class Act(Protocol):
         """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
         `fresh`, and must not be kept: the host's blocks write to it."""
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """One strength for each of the parts it was joined from; called between model calls."""
+    def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
+        """One strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its place in `shares`;
+        called between model calls.
+        """
 
 
 class Part(Protocol):
@@ -62,8 +72,10 @@ class Part(Protocol):
 class Call:
     """One evaluation of a model, as the host announces it."""
 
-    def __init__(self, model, x: torch.Tensor, t: torch.Tensor, options: Mapping[str, Any]):
-        self.model, self.x, self.t, self.options = model, x, t, options
+    def __init__(
+        self, model, x: torch.Tensor, t: torch.Tensor, options: Mapping[str, Any], context: torch.Tensor | None = None, references: int = 0
+    ):
+        self.model, self.x, self.t, self.options, self.context, self.references = model, x, t, options, context, references
 
     @cached_property
     def sigma(self) -> float:
@@ -83,10 +95,16 @@ class Call:
 class Effect:
     """What a node adds to a model: parts by module name (from the host's BaseModel, "diffusion_model...."), and how strongly they act.
 
-    `added` is how many model evaluations it adds to each call that it acts in.
+    `added` is how many model evaluations it adds to each call that it acts in. `place` is where on the picture it acts, None for
+    everywhere; `text` says which of the prompt's rows get it then, in models that read prompt and picture as one sequence: those
+    that its place reads ("own"), "none", or "all". `apart` are places that the picture's attention to itself keeps apart: the strength is
+    taken from the logits between positions of different ones.
     """
 
     added = 0
+    place: Place | None = None
+    text = "own"
+    apart: tuple[Place, ...] = ()
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -106,6 +124,7 @@ def attach(patcher, effect: Effect) -> None:
     patcher.add_callback_with_key(CallbacksMP.ON_PREPARE_STATE, KEY, _stay)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _calculate)
     # A guider's second model is prepared with its own options only; what the patcher itself holds is not asked.
     if not get_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, KEY, patcher.model_options, is_model_options=True):
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _prepare, patcher.model_options, is_model_options=True)
@@ -181,6 +200,27 @@ class Layer(Overlay):
         return output
 
 
+class Around(Layer):
+    """A module's forward as another act computes it, which may call the module's own."""
+
+    def __init__(self, module: torch.nn.Module, act):
+        super().__init__(module, ())
+        self.act = act
+
+    def remove(self) -> None:
+        super().remove()
+        self.act = None
+
+    def replacement(self, *args, **kwargs):
+        if self.muted:
+            return self.inner(*args, **kwargs)
+        if self.act is None:
+            if not torch.compiler.is_compiling():
+                Overlay.remove(self)
+            return self.inner(*args, **kwargs)
+        return self.act.run(self.inner, *args, **kwargs)
+
+
 class Gate(Overlay):
     """A model's apply_model: every call of every patcher that shares the model passes here."""
 
@@ -207,11 +247,19 @@ class Gate(Overlay):
             return self.inner(x, t, *args, **kwargs)
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        call = Call(self.owner, x, t, options)
+        references = _reference_tokens(kwargs.get("ref_latents", ()))
+        call = Call(self.owner, x, t, options, kwargs.get("c_crossattn", args[1] if len(args) > 1 else None), references)
         owner = call.owner
         run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
         with self._acting(run.layers(call) if run else []):
-            return self.inner(x, t, *args, **kwargs)
+            if run is None:
+                return self.inner(x, t, *args, **kwargs)
+            try:
+                output = self.inner(x, t, *args, **run.arguments(kwargs, references))
+                run.look_back()
+                return output
+            finally:
+                run.leave()
 
     def release(self) -> None:
         """Take away the layers kept from the last call."""
@@ -243,8 +291,17 @@ class Gate(Overlay):
 class Sampling:
     """One sampling under way: the runs in it, the steps that its sampler has ended so far, and the last denoised latent."""
 
-    def __init__(self):
+    def __init__(self, guider=None):
+        self.guider = guider
         self.runs: list[Run] = []
+        # Condition entry (by the host's uuid) -> its name in the guider: "positive", "negative", "middle", ...
+        self.names: dict[Any, str] = {}
+        # The same for the evaluation under way, by (uuid, its number among the conditions): the host copies entries, uuid and all, to give
+        # every area a counterpart. With the latent's height and width, and each entry's area in it.
+        self.entries: dict[tuple[Any, int], tuple[str, Sequence[int] | None]] = {}
+        self.full: tuple[int, int] | None = None
+        # Whether nobody is known to change a condition's words from call to call.
+        self.steady = False
         self.ended: list[int] = []
         self.denoised: torch.Tensor | None = None
 
@@ -252,34 +309,89 @@ class Sampling:
 class Run:
     """One patcher's effects from its pre_run to its cleanup; tensors on the device live no longer than this."""
 
+    SPREADS = 8  # kinds of calls remembered: conditions of other sizes or areas take turns in every step
+    MOST_PAIRS = 2**26  # positions times positions that a bias between them is made for
+
     def __init__(self, patcher):
         self.patcher = patcher
         self.depth = len(_nested())
-        self.ended = _nested()[-1].ended if _nested() else []
+        self.sampling = _nested()[-1] if _nested() else Sampling()
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
         self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.effects]
+        masked = any(effect.place is not None or effect.apart for effect in self.effects)
+        self.sites = sites(patcher.model, self.modules) if masked else {}
+        kept = Kept()
+        attentions = _attentions(patcher.model) if masked else ([], [])
+        self.selves = {name: SelfAct() for name in attentions[0]}
+        self.crosses = {name: CrossAct(patcher.model.get_submodule(name), kept) for name in attentions[1]}
+        self.reads_jointly = masked and any(kind == JOINT for kind in family_of(patcher.model).rows)
+        self.joint: Joint | None = None
+        self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
+        self.notes: dict[str, None] = {}
+        self._around: list[tuple[str, CrossAct | SelfAct]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
-        self._key = self._strengths = None
+        self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
+        self._spreads: dict[tuple, Spread] = {}
+        # The calls under way, and what was told for them: some wrappers evaluate the model again from within a call.
+        self._open: list[tuple] = []
 
     def layers(self, call: Call) -> list[Layer]:
         """The layers for one call: none when no effect acts in it."""
         strengths = tuple(strength(call) for strength in self.strengths)
         active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
-        self._calls.append((call.t.detach().flatten()[:1].float(), len(self.ended), active))
+        self._calls.append((call.t.detach().flatten()[:1].float(), len(self.sampling.ended), active))
         if not active:
+            self.joint, self._told, self._around = None, None, []
+            self._open.append(None)
             return []
         key = (active, call.x.device, call.model.get_dtype_inference())
         if key != self._key:
             self._acts = {name: self._join(name, *key) for name in self.modules}
-            self._key, self._strengths = key, None
-        if strengths != self._strengths:
-            for act, members in (pair for acts in self._acts.values() for pair in acts):
-                act.set_strengths([strengths[index] for index in members])
-            self._strengths = strengths
-        return [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+            self._key, self._told = key, None
+        told = (strengths, self._kind(call, active))
+        if told != self._told:
+            self._tell(strengths, told[1], active, call)
+            self._told = told
+        self._open.append((self._key, self._acts, told, active, call))
+        layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+        kept = self._texts_stay(call)
+        for _, act in self._around:
+            act.called = False
+            if isinstance(act, CrossAct):
+                act.of = None if kept is None else (kept, told[1])
+        return layers + [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around]
+
+    def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
+        """A call's keyword arguments, with the prompt that is read instead of its own."""
+        if self.joint is None or "c_crossattn" not in arguments:
+            return arguments
+        if arguments.get("attention_mask") is not None:
+            self.notes["A condition's own attention mask was replaced by the regions' one."] = None
+        return arguments | self.joint.arguments(arguments["c_crossattn"], references)
+
+    def leave(self) -> None:
+        """After a call: what was told for the call around it holds again."""
+        self._open.pop()
+        if self._open and self._open[-1] is not None:
+            self._key, self._acts, told, active, call = self._open[-1]
+            if told != self._told:
+                self._tell(*told, active, call)
+                self._told = told
+            for _, act in self._around:
+                if isinstance(act, CrossAct):
+                    act.of = None  # what the rest of the call reads is not the inner call's
+
+    def look_back(self) -> None:
+        """After a call that went well: what of it went around us."""
+        if any(spread.missed() for spread in self._spreads.values()):
+            self.notes["Layers that worked on other tokens than the picture's (a shrunk one?) got nothing of what has a place."] = None
+        around = sum(not act.called for _, act in self._around)
+        if around:
+            told = "another extension replaces them, or changed how many tokens they work on"
+            self.notes[f"{around} of {len(self._around)} attentions did not follow the regions: {told}."] = None
 
     def _join(self, name: str, active: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Act, list[int]]]:
         """The acts on one module, each with the effects that it joins."""
@@ -293,6 +405,130 @@ class Run:
 
         return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in members.items()]
 
+    def _kind(self, call: Call, active: tuple[int, ...]) -> Kind | None:
+        """What the masks of the active effects have to be fitted to; None where none has a mask."""
+        if all(self.effects[index].place is None and not self.effects[index].apart for index in active):
+            return None
+        shown = tuple(call.x.shape[-2:])
+        full, names, crops = self.sampling.full or shown, [], []
+        for uuid, number in zip(call.options.get("uuids", ()), call.options.get("cond_or_uncond", ()), strict=False):
+            # Entries that a guider made itself have no name; they stand for nothing in particular, and read the common text.
+            name, area = self.sampling.entries.get((uuid, number), (self.sampling.names.get(uuid, ""), None))
+            names.append(name)
+            crops.append(_crop(full, area))
+        crops = crops or [Crop(0, 0, *full)]
+        if any((crop.height, crop.width) != shown for crop in crops):
+            self.notes[
+                f"The model was shown {shown[0]}x{shown[1]} of a latent of {full[0]}x{full[1]}, and where in it is not known (tiles?): "
+                "the regions were fitted to each part."
+            ] = None
+            full, crops = shown, [Crop(0, 0, *shown)]
+        if len(set(crops)) == 1:
+            crops = crops[:1]
+        tokens = call.context.shape[1] if call.context is not None else 0
+        return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references)
+
+    def _tell(self, strengths: tuple[float, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
+        """Hand strengths and places to the acts."""
+        self.joint, self._around = None, []
+        if self._told is None or self._told[0] != strengths:
+            for cross in self.crosses.values():
+                cross.forget()
+        placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
+        spread = self._spread(kind, active, placed, call) if kind else None
+        for name, acts in self._acts.items():
+            for act, members in acts:
+                values = [strengths[index] for index in members]
+                own = [index for index in members if index in placed]
+                if not own:
+                    act.set_strengths(values)
+                else:
+                    numbers, shares = spread.shares(self.sites[name], own)
+                    number_of = dict(zip(own, numbers, strict=True))
+                    act.set_strengths(values, [number_of.get(index) for index in members], shares)
+        if spread and self.crosses:
+            self._read_apart(spread, placed)
+        if kind and self.selves:
+            self._keep_apart(strengths, spread, active)
+
+    def _spread(self, kind: Kind, active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
+        # A joint sequence depends on isolation's strength, which is part of its bias; a spread for cross-attention does not.
+        apart = tuple((index, self.strengths[index](call)) for index in active if self.effects[index].apart)
+        key = (kind, active, call.x.device, apart if self.reads_jointly else ())
+        if key not in self._spreads:
+            spread = Spread(kind, placed, call.x.device)
+            if self.reads_jointly:
+                few = spread.tokens(1) ** 2 * len(kind.crops) <= self.MOST_PAIRS
+                biases = [-strength * spread.apart(1, self.effects[index].apart) for index, strength in apart if few]
+                if apart and not few:
+                    self._note_too_many(spread.tokens(1))
+                own = any(self.effects[index].text == "own" and self.effects[index].parts for index in placed)
+                spread.joint = spread.read_jointly(own, sum(biases) if biases else None)
+            else:
+                spread.read_apart()
+            while len(self._spreads) >= self.SPREADS:
+                self._spreads.pop(next(iter(self._spreads)))
+            self._spreads[key] = spread
+        spread = self._spreads[key] = self._spreads.pop(key)  # the last used goes last
+        self.joint = spread.joint
+        return spread
+
+    def _read_apart(self, spread: Spread, placed: Mapping) -> None:
+        """Cross-attention: texts of segments where they differ, or where adapters on words do."""
+        words = {name.rpartition(".")[0] for index in placed for name in self.effects[index].parts if name.endswith((".to_k", ".to_v"))}
+        readers = any(segment.reader for segment in spread.segments)
+        for name, cross in self.crosses.items():
+            if readers or name in words:
+                cross.set_texts(
+                    spread.segment_shares(self.attention_sites[f"{name}.to_q"]),
+                    spread.texts,
+                    spread.lengths,
+                    spread.kind.tokens,
+                    spread.kind.batch,
+                )
+                self._around.append((name, cross))
+
+    def _keep_apart(self, strengths: tuple[float, ...], spread: Spread, active: tuple[int, ...]) -> None:
+        """Self-attention: less of it between places that are kept apart."""
+        isolating = [index for index in active if self.effects[index].apart]
+        biases: dict[int, torch.Tensor | None] = {}
+        for name, act in self.selves.items() if isolating else ():
+            level = self.attention_sites[f"{name}.to_q"].level
+            if level not in biases:
+                own = tuple((index, strengths[index]) for index in isolating)
+                if (level, own) not in spread.biases:
+                    spread.biases = {key: bias for key, bias in spread.biases.items() if key[1] == own}
+                    spread.biases[level, own] = self._bias(spread, level, dict(own))
+                biases[level] = spread.biases[level, own]
+            act.bias = biases[level]
+            if act.bias is not None:
+                self._around.append((name, act))
+
+    def _bias(self, spread: Spread, level: int, strengths: Mapping[int, float]) -> torch.Tensor | None:
+        """(batch or 1, 1, tokens, tokens)"""
+        tokens = spread.tokens(level)
+        if tokens**2 * len(spread.kind.crops) > self.MOST_PAIRS:
+            self._note_too_many(tokens)
+            return None
+        apart = sum(-strength * spread.apart(level, self.effects[index].apart) for index, strength in strengths.items())
+        if len(apart) > 1:
+            apart = apart.repeat_interleave(spread.kind.batch // len(apart), 0)
+        return apart[:, None].to(spread.device)
+
+    def _note_too_many(self, tokens: int) -> None:
+        self.notes[f"Isolation was left out in attentions over {tokens} positions: they are too many for it."] = None
+
+    def _texts_stay(self, call: Call):
+        """By what keys and values of a call's texts are known again in later steps; None where they might differ all the same."""
+        options = call.options
+        if torch.is_grad_enabled() or "attn2_patch" in options.get("patches", {}) or any(_wrapped(options, kind) for kind in INSIDE):
+            return None
+        # Hooks change weights from step to step; the host applies them through the patcher that it began last.
+        patcher = self.patcher.model.current_patcher or self.patcher
+        if not self.sampling.steady or patcher.current_hooks is not None or "uuids" not in options:
+            return None
+        return tuple(zip(options["uuids"], options.get("cond_or_uncond", ()), strict=False))
+
     def evaluations(self) -> list[Evaluation]:
         """All calls of the run. Waits for the GPU, once."""
         levels = torch.cat([level for level, _, _ in self._calls]).tolist() if self._calls else []
@@ -300,6 +536,32 @@ class Run:
             Evaluation(level, step, tuple(self.effects[index] for index in active))
             for level, (_, step, active) in zip(levels, self._calls, strict=True)
         ]
+
+
+def _reference_tokens(latents) -> int:
+    """Tokens that reference pictures take behind the picture's own."""
+    return sum(-(-latent.shape[-2] // 2) * -(-latent.shape[-1] // 2) for latent in latents or ())
+
+
+def _wrapped(options: Mapping[str, Any], kind: str) -> bool:
+    return any(options.get("wrappers", {}).get(kind, {}).values())
+
+
+def _crop(full: tuple[int, int], area: Sequence[int] | None) -> Crop:
+    """The part of a latent that the host cuts out for a condition's area: sizes first, then offsets."""
+    if area is None:
+        return Crop(0, 0, *full)
+    half = len(area) // 2
+    (height, width), (top, left) = area[:half][-2:], area[half:][-2:]
+    return Crop(top, left, min(height, full[0] - top), min(width, full[1] - left))
+
+
+def _attentions(model) -> tuple[list[str], list[str]]:
+    """Every attention of a UNet's picture to itself and to the text, by name."""
+    if not hasattr(model.diffusion_model, "input_blocks"):
+        return [], []
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if name.endswith(".attn1")], [name for name in names if name.endswith(".attn2")]
 
 
 # Condition entry (by the host's uuid) -> the patcher that evaluates it, where a guider samples with two patchers.
@@ -344,6 +606,7 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
+        run.sampling = None  # which holds the run for its record
         gate.release()
         if not gate.runs:
             gate.remove()
@@ -365,6 +628,29 @@ def _claim(patcher, conds) -> None:
         _claims.setdefault(uuid, patcher)
 
 
+def _calculate(executor, model, conds, x_in, timestep, model_options):
+    """CALC_COND_BATCH. The last place that sees whole latents, and entries with their areas."""
+    for this in _nested()[-1:]:
+        this.full, this.entries, this.steady = tuple(x_in.shape[-2:]), {}, _steady(model_options)
+        for number, entries in enumerate(conds):
+            # The first is no copy of another condition's.
+            name = this.names.get(entries[0].get("uuid"), "") if entries else ""
+            for entry in entries or ():
+                this.entries[entry.get("uuid"), number] = name, entry.get("area")
+    return executor(model, conds, x_in, timestep, model_options)
+
+
+def _steady(options: Mapping[str, Any]) -> bool:
+    """Whether nobody outside of the model is known to give it other words from call to call under the same condition."""
+    if any(options.get(key) is not None for key in ("context_handler", "model_function_wrapper", "sampler_calc_cond_batch_function")):
+        return False
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    others = (
+        key for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE) for key, found in wrappers.get(kind, {}).items() if found
+    )
+    return all(key == KEY for key in others)
+
+
 def _release(uuids: Iterable) -> None:
     for uuid in list(uuids):
         _claims.pop(uuid, None)
@@ -381,7 +667,8 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
     second = getattr(guider, "uncond_model_patcher", None)
     uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
-    this = Sampling()
+    this = Sampling(guider)
+    this.names = {uuid: name for name, conds in guider.conds.items() for uuid in _uuids(conds)}
 
     def watch(step, x0, x, total):
         this.ended.append(step)
@@ -412,4 +699,5 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
 def _record(schedule: torch.Tensor, this: Sampling):
     """The record of one sampling, over all models that had effects in it (copies on further GPUs share theirs)."""
     effects = dict.fromkeys(effect for run in this.runs for effect in run.effects)
-    return make_record(schedule.tolist(), this.ended, effects, [call for run in this.runs for call in run.evaluations()])
+    notes = dict.fromkeys(note for run in this.runs for note in run.notes)
+    return make_record(schedule.tolist(), this.ended, effects, [call for run in this.runs for call in run.evaluations()], tuple(notes))

@@ -18,6 +18,8 @@ class Family(NamedTuple):
     text_width     width of the text states its cross-attention reads; None where a file's keys do not show it
     file_pattern   what only LoRA files of this family have in their keys
     renamed        prefixes of published files that the host does not know -> the host's
+    rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
+    patch_level    how often the latent is halved into the picture's tokens, where the model has no levels of its own
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -27,6 +29,8 @@ class Family(NamedTuple):
     text_width: int | None
     file_pattern: str
     renamed: dict[str, str]
+    rows: dict[str, str]
+    patch_level: int
     slider_start: float
 
 
@@ -38,6 +42,13 @@ UNET_LAYERS = {
     "resampling": r"_blocks\.\d+\.\d+\.(op|conv)$",
 }
 
+UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
+FLUX_ROWS = {
+    "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
+    "text": r"\.txt_|^txt_in$",
+    "joint": r"^single_blocks\.",
+}
+
 FAMILIES = (
     Family(
         name="Stable Diffusion 1.5",
@@ -46,6 +57,8 @@ FAMILIES = (
         text_width=768,
         file_pattern=r"up_blocks[_.]3[_.]attentions",
         renamed={},
+        rows=UNET_ROWS,
+        patch_level=0,
         slider_start=0.2,
     ),
     Family(
@@ -55,6 +68,8 @@ FAMILIES = (
         text_width=2048,
         file_pattern=r"(attentions|input_blocks|output_blocks|middle_block)[_.].*transformer_blocks[_.][1-9]",
         renamed={},
+        rows=UNET_ROWS,
+        patch_level=0,
         slider_start=0.25,
     ),
     Family(
@@ -64,6 +79,8 @@ FAMILIES = (
         text_width=None,
         file_pattern=r"(double_blocks|single_blocks|single_transformer_blocks)[_.]",
         renamed={"lora_unet_": "lora_transformer_"},
+        rows=FLUX_ROWS,
+        patch_level=1,
         slider_start=0.05,
     ),
 )

@@ -322,7 +322,7 @@ def load(name: str) -> LabModel:
 
 
 def show_files() -> None:
-    """Let the host list the lab's own LoRA and ControlNet files, as `concept_lab/<name>.safetensors`."""
+    """Let the host list the lab's own LoRA and ControlNet files, all under `concept_lab/`."""
     import folder_paths
 
     folder_paths.add_model_folder_path("loras", str(LORAS))

@@ -41,7 +41,7 @@ class EffectRecord(NamedTuple):
 
 class RunRecord(NamedTuple):
     """One sampling: `steps` of its schedule, `calls` of models with effects, how many of them the effects `added`, their `sigmas`
-    (high, low), and the schedule's `end`."""
+    (high, low), the schedule's `end`, and `notes` on what did not go as asked."""
 
     steps: int
     calls: int
@@ -49,6 +49,7 @@ class RunRecord(NamedTuple):
     sigmas: tuple[float, float] | None
     end: float
     effects: tuple[EffectRecord, ...]
+    notes: tuple[str, ...] = ()
 
     def unheard(self) -> bool:
         """Whether the model was evaluated without asking us."""
@@ -61,7 +62,7 @@ class RunRecord(NamedTuple):
         lines = [f"{self.steps} steps, {self.calls} model calls, {self.added or 'none'} of them added by Concept Nodes{span}."]
         if self.end > 0:
             lines.append(f"Stopped at sigma {self.end:.4g}: the latent still holds noise.")
-        return "\n".join([*lines, *(f"{effect.name}: {self._told(effect)}." for effect in self.effects)])
+        return "\n".join([*lines, *(f"{effect.name}: {self._told(effect)}." for effect in self.effects), *self.notes])
 
     def _told(self, effect: EffectRecord) -> str:
         if effect.sigmas is None:
@@ -71,7 +72,9 @@ class RunRecord(NamedTuple):
         return f"acted in {effect.steps} of {self.steps} steps ({effect.calls} calls), {_between(effect.sigmas)}"
 
 
-def make_record(schedule: Sequence[float], ended: Sequence[int], effects: Iterable, calls: Sequence[Evaluation]) -> RunRecord:
+def make_record(
+    schedule: Sequence[float], ended: Sequence[int], effects: Iterable, calls: Sequence[Evaluation], notes: tuple[str, ...] = ()
+) -> RunRecord:
     """The record of a run: its schedule of sigmas, the steps as the sampler ended them, all effects in it and all its model calls."""
     steps = len(schedule) - 1
     # Some samplers (dpm_adaptive, dpm_fast, restart) take steps of their own instead of the schedule's.
@@ -84,7 +87,7 @@ def make_record(schedule: Sequence[float], ended: Sequence[int], effects: Iterab
         return EffectRecord(effect.name, in_steps, len(acted), _span(acted))
 
     added = sum(effect.added for call in calls for effect in call.effects)
-    return RunRecord(steps, len(calls), added, _span(calls), schedule[-1], tuple(told(effect) for effect in effects))
+    return RunRecord(steps, len(calls), added, _span(calls), schedule[-1], tuple(told(effect) for effect in effects), notes)
 
 
 def _span(calls: Sequence[Evaluation]) -> tuple[float, float] | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, SHAPES, SIZES, STYLES, Scenes
+from .scenes import BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, SHAPES, SIZES, STYLES, Scenes
 
 
 class Wordings(NamedTuple):
@@ -260,18 +261,21 @@ class Writer:
         return text
 
     def thing(self, item: dict) -> str:
-        """The noun phrase of one object, from {shape, colour, fill, size, place or None}."""
+        """The noun phrase of one object, from {shape, colour, fill, size, place or None}, or {word, size, place or None}."""
         rng = self.rng
         before, after = [], []
         if self._mentions(0.55):
             before.append(self._name(SIZE_WORDS[item["size"]])[0])
-        if self._mentions(0.92) if item["fill"] != "solid" else rng.random() < 0.15:
-            word, described = self._name(FILL_WORDS[item["fill"]])
-            (after if described else before).append(word)
-        if self._mentions(0.94):
-            word, described = self._name(COLOUR_WORDS[item["colour"]])
-            (after if described else before).append(f"in {word}" if described else word)
-        noun = self._name(SHAPE_WORDS[item["shape"]])[0] if self._mentions(0.96) else rng.choice(("thing", "object", "shape"))
+        if "word" in item:
+            noun = item["word"]
+        else:
+            if self._mentions(0.92) if item["fill"] != "solid" else rng.random() < 0.15:
+                word, described = self._name(FILL_WORDS[item["fill"]])
+                (after if described else before).append(word)
+            if self._mentions(0.94):
+                word, described = self._name(COLOUR_WORDS[item["colour"]])
+                (after if described else before).append(f"in {word}" if described else word)
+            noun = self._name(SHAPE_WORDS[item["shape"]])[0] if self._mentions(0.96) else rng.choice(("thing", "object", "shape"))
         if before and before[-1] not in ("outline of a",) and rng.random() < 0.06:
             after.insert(0, f"that is {before.pop()}")
         phrase = re.sub(r"\ba (?=[aeiou])", "an ", " ".join([*before, noun, *after]))
@@ -354,9 +358,9 @@ class OneWay(Writer):
         return self.rng.choice(words.described + words.held_described), True
 
 
-def describe(scenes: Scenes) -> list[tuple[list[dict], str, str]]:
-    """The words that are true of each scene: per scene (items, background word, style), items in slot order. Characters have no words and
-    are left out.
+def describe(scenes: Scenes, words: Mapping[str, str] | None = None) -> list[tuple[list[dict], str, str]]:
+    """The words that are true of each scene: per scene (items, background word, style), items in slot order. Characters without a word in
+    `words` are left out.
     """
     columns, rows = scenes.column().tolist(), scenes.row().tolist()
     sizes, backgrounds, styles = scenes.size_word().tolist(), scenes.background_word().tolist(), scenes.style.tolist()
@@ -366,15 +370,18 @@ def describe(scenes: Scenes) -> list[tuple[list[dict], str, str]]:
     for i, count in enumerate(counts):
         items = []
         for k in range(count):
-            if kinds[i][k] >= len(SHAPES):
+            name = KINDS[kinds[i][k]]
+            if name in SHAPES:
+                said = {"shape": name, "colour": COLOURS[colours[i][k]], "fill": FILLS[fills[i][k]]}
+            elif words and name in words:
+                said = {"word": words[name]}
+            else:
                 continue
             clear = columns[i][k] >= 0 and rows[i][k] >= 0
             items.append(
-                {
+                said
+                | {
                     "slot": k,
-                    "shape": SHAPES[kinds[i][k]],
-                    "colour": COLOURS[colours[i][k]],
-                    "fill": FILLS[fills[i][k]],
                     "size": SIZES[sizes[i][k]],
                     "place": (CELLS[0][columns[i][k]], CELLS[1][rows[i][k]]) if clear else None,
                     "x": round(xs[i][k] / scenes.width * 20) * 5,
@@ -387,10 +394,12 @@ def describe(scenes: Scenes) -> list[tuple[list[dict], str, str]]:
     return described
 
 
-def write_captions(scenes: Scenes, writer: Writer) -> tuple[list[str], list[list[int]]]:
-    """A caption for each scene, objects in a random order, and the slots in the order in which the caption names them."""
+def write_captions(scenes: Scenes, writer: Writer, words: Mapping[str, str] | None = None) -> tuple[list[str], list[list[int]]]:
+    """A caption for each scene, objects in a random order, and the slots in the order in which the caption names them. words: as for
+    `describe`.
+    """
     captions, orders = [], []
-    for items, background, style in describe(scenes):
+    for items, background, style in describe(scenes, words):
         writer.rng.shuffle(items)
         captions.append(writer.caption(items, background, style) if items else f"a {background} background")
         orders.append([item["slot"] for item in items])

@@ -31,8 +31,7 @@ def ask(n: int, *, objects: int, size: int, seed: int, wording: Wording = COMPLE
     scenes = sample_scenes(
         n * 12, height=size, width=size, counts={objects: 1.0}, plain=plain, generator=torch.Generator().manual_seed(seed)
     )
-    worded = ((scenes.column() >= 0) & (scenes.row() >= 0)) | ~scenes.present()
-    keep = torch.nonzero(worded.all(1) & (scenes.count == objects)).flatten()[:n]
+    keep = torch.nonzero(placed_in_words(scenes) & (scenes.count == objects)).flatten()[:n]
     if len(keep) < n:
         raise ValueError(
             f"Only {len(keep)} of {n} scenes of {objects} objects fit on {size} pixels: ask for fewer objects or a larger canvas."
@@ -40,6 +39,11 @@ def ask(n: int, *, objects: int, size: int, seed: int, wording: Wording = COMPLE
     scenes = scenes[keep]
     captions, _ = write_captions(scenes, Writer(wording, random.Random(seed)))
     return Asked(scenes, captions)
+
+
+def placed_in_words(scenes: Scenes) -> torch.Tensor:
+    """(N,) bool: whether the place of every object has a word."""
+    return (((scenes.column() >= 0) & (scenes.row() >= 0)) | ~scenes.present()).all(1)
 
 
 def ask_in(way: str, n: int, *, size: int, seed: int) -> list[tuple[str, Asked]]:

@@ -97,20 +97,19 @@ KINDS = {"unet": (new_unet, unet_loss), "dit": (new_dit, dit_loss)}
 
 
 @torch.no_grad()
-def encode_pool(pool, vae, device) -> torch.Tensor:
-    """Latents of unit spread of every scene of a pool, (N, 4, h, w) half precision on the device."""
+def encode_scenes(scenes, vae, device) -> torch.Tensor:
+    """Latents of unit spread of drawn scenes, (N, 4, h, w) half precision on the device."""
     parts = []
     chunk = 1024 if device == "cuda" else 32  # a processor's caches hold no more
-    for at in range(0, len(pool), chunk):
-        scenes = pool.scenes[at : at + chunk].to(device)
+    for at in range(0, len(scenes), chunk):
         with mixed(device):
-            moments = vae.quant_conv(vae.encoder(render(scenes) * 2 - 1))
+            moments = vae.quant_conv(vae.encoder(render(scenes[at : at + chunk].to(device)) * 2 - 1))
         parts.append((moments.chunk(2, 1)[0].float() * LATENT_SCALE).half())
     return torch.cat(parts)
 
 
 def cached_latents(pool, kind: str, vae, device, folder: Path) -> torch.Tensor:
-    """`encode_pool`, kept in the folder from leg to leg for as long as pool and autoencoder stay the same."""
+    """Latents of a pool, kept in the folder from leg to leg for as long as pool and autoencoder stay the same."""
     file = folder / f"latents_{host_lab.VAES[kind]}_{pool.scenes.height}x{pool.scenes.width}.pt"
     encoder = hashlib.sha256()
     for key, tensor in sorted(vae.state_dict().items()):
@@ -121,7 +120,7 @@ def cached_latents(pool, kind: str, vae, device, folder: Path) -> torch.Tensor:
         kept = torch.load(file, map_location=device, weights_only=True)
         if kept["of"] == told:
             return kept["latents"]
-    latents = encode_pool(pool, vae, device)
+    latents = encode_scenes(pool.scenes, vae, device)
     torch.save({"of": told, "latents": latents}, file)
     return latents
 

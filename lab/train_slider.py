@@ -10,24 +10,20 @@ cross-attention).
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import math
 import random
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from torch import nn
 
 from ..host import lab as host_lab
 from .captions import COLOUR_WORDS, SHAPE_WORDS, SIZE_WORDS
+from .lowrank import adapt, frozen, parameters, write
 from .train_denoiser import sd_alphas
 from .train_text import load_encoder, states
-
-log = logging.getLogger("concept_nodes.lab")
+from .training import log
 
 RANK, ALPHA = 4, 1.0
 
@@ -56,39 +52,10 @@ def things(rng: random.Random, sized: bool) -> str:
     return f"a {rng.choice(list(SIZE_WORDS))} {words}"
 
 
-class Adapter(nn.Module):
-    """One layer's low-rank pair while it trains; replaces the layer's forward."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        if isinstance(layer, nn.Conv2d):
-            rank = min(RANK, layer.in_channels, layer.out_channels)
-            self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
-            self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        else:
-            rank = min(RANK, layer.in_features, layer.out_features)
-            self.down, self.up = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.up.weight)
-        self.strength, self.scale = 0.0, ALPHA / rank
-        self.plain = layer.forward
-        layer.forward = self.forward  # the method, not the module: torch would take a module for a part of the layer
-
-    def forward(self, x):
-        y = self.plain(x)
-        return y + self.strength * self.scale * self.up(self.down(x)) if self.strength else y
-
-
-def adapt(unet: nn.Module) -> dict[str, Adapter]:
-    """Adapters on every layer of the published default, by module name."""
-    adapters = {}
-    for name, layer in list(unet.named_modules()):
-        wanted = isinstance(layer, (nn.Linear, nn.Conv2d)) and any(
-            part in name for part in (".attn1.", ".in_layers.", ".out_layers.", ".emb_layers.", ".skip_connection", ".op", ".conv")
-        )
-        if wanted:
-            adapters[name] = Adapter(layer)
-    return adapters
+def rank_of(module: str) -> int:
+    """The published default's rank for a module; 0 where it has none."""
+    wanted = (".attn1.", ".in_layers.", ".out_layers.", ".emb_layers.", ".skip_connection", ".op", ".conv")
+    return RANK if any(part in module for part in wanted) else 0
 
 
 def train(name: str, folder: Path, output: Path, *, device: str, steps: int, eta: float, batch: int, lr: float, seed: int) -> None:
@@ -97,15 +64,9 @@ def train(name: str, folder: Path, output: Path, *, device: str, steps: int, eta
     rng = random.Random(seed)
     concept = CONCEPTS[name]
     encoder = load_encoder(folder, device)
-    tensors, config = host_lab.read_weights(folder / "unet.safetensors")
-    unet = host_lab.build_unet_module()
-    unet.load_state_dict({key: value.float() for key, value in tensors.items()})
-    unet.to(device).eval().requires_grad_(False)
-    adapters = adapt(unet)
-    trained = nn.ModuleList(adapters.values()).to(device)
-    for adapter in adapters.values():
-        adapter.requires_grad_(True)
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    unet = frozen("unet", folder, device)
+    adapters = adapt(unet, rank_of, ALPHA)
+    optimizer = torch.optim.AdamW(parameters(adapters), lr=lr, weight_decay=0.0)
     tokenizer, alphas = host_lab.tokenizer(), sd_alphas(device)
     grid = torch.linspace(999, 0, 21, device=device).long()
 
@@ -151,26 +112,7 @@ def train(name: str, folder: Path, output: Path, *, device: str, steps: int, eta
         "objective": f"Concept Sliders text objective, eta {eta:g}, {steps} steps of {batch}, lr {lr:g}, seed {seed}",
         "base": "lab unet",
     }
-    write(adapters, output, about)
-
-
-def write(adapters: dict[str, Adapter], path: Path, about: dict) -> None:
-    """A LoRA file under the published names (`lora_unet_<diffusers path>`), what it is in its header."""
-    import comfy.utils
-
-    names = {
-        ours.removesuffix(".weight"): theirs.removesuffix(".weight")
-        for theirs, ours in comfy.utils.unet_to_diffusers(host_lab.UNET_CONFIG).items()
-    }
-    state = {}
-    for name, adapter in adapters.items():
-        key = "lora_unet_" + names[name].replace(".", "_")
-        state[f"{key}.lora_down.weight"] = adapter.down.weight.detach().half().cpu().contiguous()
-        state[f"{key}.lora_up.weight"] = adapter.up.weight.detach().half().cpu().contiguous()
-        state[f"{key}.alpha"] = torch.tensor(ALPHA)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata={"format": "pt", "concept_nodes": json.dumps(about)})
-    log.info("wrote %s (%d layers, %.0f kB)", path, len(adapters), path.stat().st_size / 1e3)
+    write(adapters, "unet", output, about)
 
 
 def main(argv: list[str]) -> int:

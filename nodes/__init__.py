@@ -1,6 +1,7 @@
-"""The pack's nodes: every file of this folder ends with its list `NODES`."""
+"""The pack's nodes: every file of this folder whose name begins with a letter ends with its list `NODES`."""
 
 import importlib
 import pkgutil
 
-NODES = [node for found in pkgutil.iter_modules(__path__) for node in importlib.import_module(f".{found.name}", __name__).NODES]
+_files = [found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_")]
+NODES = [node for name in _files for node in importlib.import_module(f".{name}", __name__).NODES]

@@ -6,19 +6,21 @@ All adapters of a layer run as one: their ranks are concatenated, so that x is r
     z = x A^T          (..., R), R the sum of the ranks
     y = y + (z * S) B^T
 
-S, the *gain*, scales rank by rank: strength times alpha / r. It broadcasts over tokens today; a mask per token and adapter is the same
-product with S of shape (rows, tokens, R) for linear layers and (rows, R, height, width) at output resolution for convolutions, exact
-because B acts on each position alone.
+S scales rank by rank: strength times alpha / r, and, where an adapter has a place, its share of every token of a linear layer and of every
+position of a convolution's output. Masking z is masking the adapter's output, exactly, because B acts on each position alone; so is
+computing z on the tokens alone that the place has, which is done where it saves work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .shares import Shares
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -38,14 +40,6 @@ class Factors(NamedTuple):
     rows: tuple[int, int] | None = None
 
 
-class Group(NamedTuple):
-    """Adapters that write to the same outputs: their columns in z, and their B matrices side by side, (n, columns)."""
-
-    rows: tuple[int, int] | None
-    columns: tuple[int, int]
-    up: Tensor
-
-
 def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
     """The (r, in, *kernel) matrix A of a Tucker-decomposed adapter: a 1x1 `down` (r, in, 1, ...) followed by `middle` (r, r, *kernel)."""
     return torch.einsum("ab...,bi->ai...", middle, down.flatten(1))
@@ -57,36 +51,188 @@ def delta_weight(factors: Factors) -> Tensor:
     return factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
 
 
-class Stack:
-    """All adapters of one layer, called with the layer's output and input: returns the output with what they add.
+class _Together:
+    """Adapters of a layer in one pass over all of its rows.
 
-    `adapters` holds one sequence of factors per adapter (several where it writes to several groups of rows), `convolution` the stride,
-    padding and dilation of the layer where it is one. A and B are kept in `dtype`, the gain in float32. Strengths change by
-    `set_strengths`, which replaces a tensor by one of the same shape, so that torch.compile keeps its graph.
+    down (R, in, *kernel); ups: (rows, first column, B side by side (n, columns)) for each group of outputs written to; gain (R,), and the
+    place of each column where they have places.
     """
 
-    def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
-        flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
-        spans = sorted({factors.rows for _, factors in flat}, key=lambda rows: rows or (0, 0))
+    def __init__(self, flat: Sequence[tuple[int, Factors]], device, dtype: torch.dtype):
         # Factors of the same rows lie side by side, so that each group is one slice of z.
-        flat.sort(key=lambda item: spans.index(item[1].rows))
-        self.convolution = convolution
+        spans = _spans(factors for _, factors in flat)
+        flat = sorted(flat, key=lambda item: spans.index(item[1].rows))
         self.down = torch.cat([factors.down.to(device, dtype) for _, factors in flat])
-        self.groups = []
+        self.ups = []
         first = 0
         for rows in spans:
-            ups = [factors.up.to(device, dtype) for _, factors in flat if factors.rows == rows]
-            up = torch.cat(ups, dim=1)
-            self.groups.append(Group(rows, (first, up.shape[1]), up))
+            up = torch.cat([factors.up.to(device, dtype) for _, factors in flat if factors.rows == rows], dim=1)
+            self.ups.append((rows, first, up))
             first += up.shape[1]
         ranks = torch.tensor([factors.down.shape[0] for _, factors in flat])
         self._owners = torch.tensor([owner for owner, _ in flat]).repeat_interleave(ranks)
         self._scales = torch.tensor([factors.scale for _, factors in flat], dtype=torch.float32).repeat_interleave(ranks)
+        self.shares, self.columns = None, None
+
+    def set(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> None:
+        self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+        self.shares = shares
+        self.columns = None if shares is None else torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device)
+
+    def follow(self, x: Tensor) -> None:
+        self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
+        self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
+
+    def add_linear(self, y: Tensor, x: Tensor) -> None:
+        z = F.linear(x, self.down).mul_(self.gain)
+        if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
+            z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
+        elif self.shares is not None:
+            missing = z.shape[-2] - self.shares.tokens
+            if missing < 0:  # not the sequence that was shared out
+                self.shares.missed = True
+                return
+            rows = self.shares.rows.movedim(0, -1)[..., self.columns]
+            z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
+        z, flat = z.flatten(0, -2), y.view(-1, y.shape[-1])
+        for rows, first, up in self.ups:
+            out, part = _narrow(flat, rows), z.narrow(1, first, up.shape[1])
+            if out.dtype == z.dtype:
+                out.addmm_(part, up.t())
+            else:
+                out.add_(part @ up.t())
+
+    def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
+        z = CONVOLUTIONS[x.ndim](x, self.down, **convolution).flatten(2).mul_(self.gain[:, None])
+        if self.shares is not None and z.shape[-1] != self.shares.tokens:
+            self.shares.missed = True
+            return
+        if self.shares is not None:
+            z = z.mul_(self.shares.rows.movedim(0, 1)[:, self.columns])
+        flat = y.view(*y.shape[:2], -1)
+        for rows, first, up in self.ups:
+            out, part, matrix = _narrow(flat, rows), z.narrow(1, first, up.shape[1]), up.expand(z.shape[0], -1, -1)
+            if out.dtype == z.dtype:
+                out.baddbmm_(matrix, part)
+            else:
+                out.add_(matrix @ part)
+
+
+class _Apart:
+    """Adapters of a linear layer, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up with zeros to one r.
+
+    down (P, in, r); ups: (rows, first column, B (P, columns, n)).
+    """
+
+    def __init__(self, flat: Sequence[tuple[int, Factors]], places: Sequence[int | None], device, dtype: torch.dtype):
+        self._of = sorted({places[owner] for owner, _ in flat})
+        downs: list[list[Tensor]] = [[] for _ in self._of]
+        gains: list[list[tuple[int, float]]] = [[] for _ in self._of]
+        self.ups, first = [], 0
+        for rows in _spans(factors for _, factors in flat):
+            own = [[item for item in flat if item[1].rows == rows and places[item[0]] == place] for place in self._of]
+            width = max(sum(len(factors.down) for _, factors in items) for items in own)
+            up = torch.zeros(len(own), width, next(factors for items in own for _, factors in items).up.shape[0])
+            for at, items in enumerate(own):
+                filled = 0
+                for owner, factors in items:
+                    rank = len(factors.down)
+                    downs[at].append(factors.down.float())
+                    gains[at] += [(owner, factors.scale)] * rank
+                    up[at, filled : filled + rank] = factors.up.float().t()
+                    filled += rank
+                if filled < width:
+                    downs[at].append(torch.zeros(width - filled, flat[0][1].down.shape[1]))
+                    gains[at] += [(-1, 0.0)] * (width - filled)
+            self.ups.append((rows, first, up.to(device, dtype)))
+            first += width
+        self.down = torch.stack([torch.cat(parts) for parts in downs]).transpose(1, 2).to(device, dtype)
+        self._owners = torch.tensor([[max(owner, 0) for owner, _ in row] for row in gains])
+        self._scales = torch.tensor([[scale for _, scale in row] for row in gains])
+        self._filled = torch.tensor([[owner < 0 for owner, _ in row] for row in gains])
+
+    def set(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> None:
+        gain = torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales
+        if bool(((gain == gain[:, :1]) | self._filled).all()):
+            gain = gain[:, :1]
+        self.shares, self.gain = shares, gain[:, None, None, :].to(self.down.device)
+        self._cut()
+
+    def _cut(self) -> None:
+        """The matrices and gains of each bucket's places, cut out once and not in every call."""
+        self._parts = {}
+        for places in self.shares.groups():
+            at = [self._of.index(place) for place in places]
+            if at == list(range(len(self._of))):
+                self._parts[places] = self.down, self.gain, self.ups
+            else:
+                self._parts[places] = self.down[at], self.gain[at], [(rows, first, up[at]) for rows, first, up in self.ups]
+
+    def follow(self, x: Tensor) -> None:
+        self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
+        self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
+        self._cut()
+
+    def add_linear(self, y: Tensor, x: Tensor) -> None:
+        flat = y.view(-1, y.shape[-1])
+        for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
+            down, gain, ups = self._parts[bucket.places]
+            z = bucket.weigh(torch.bmm(bucket.pick(x), down), gain)
+            for rows, first, up in ups:
+                bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
+
+
+class Stack:
+    """All adapters of one layer, called with the layer's output and input: returns the output with what they add.
+
+    `adapters` holds one sequence of factors per adapter (several where it writes to several groups of rows), `convolution` the stride,
+    padding and dilation of the layer where it is one. A and B are kept in `dtype`, gains in float32. Strengths change by
+    `set_strengths`, which replaces tensors by some of the same shape, so that torch.compile keeps its graph.
+    """
+
+    # Rows times ranks that picking rows must save to be worth its own cost: measured on a processor at widths from 64 to 640.
+    WORTH = 0.45
+
+    def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
+        self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
+        self.convolution, self.device, self.dtype = convolution, device, dtype
+        self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | None]] = {}
         self.set_strengths([1.0] * len(adapters))
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """One strength per adapter, in the order they were given in."""
-        self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+    def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
+        """One strength per adapter, in the order they were given in, and the place in `shares` of each that has one: rows are the tokens
+        of a linear layer, and the positions of a convolution's output.
+        """
+        places = tuple(places) if shares is not None else (None,) * len(strengths)
+        apart = shares is not None and self._saves(places, shares)
+        if (places, apart) not in self._built:
+            while len(self._built) > 1:  # calls over the whole picture and over a part of it may take turns
+                self._built.pop(next(iter(self._built)))
+            self._built[places, apart] = self._build(places, apart)
+        self._plain, self._placed = self._built[places, apart]
+        if self._plain:
+            self._plain.set(strengths, places, None)
+        if self._placed:
+            self._placed.set(strengths, places, shares)
+
+    def _build(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
+        """The adapters without a place, and those with one."""
+        plain = [item for item in self._flat if places[item[0]] is None]
+        placed = [item for item in self._flat if places[item[0]] is not None]
+        first = _Together(plain, self.device, self.dtype) if plain else None
+        if not placed:
+            return first, None
+        return first, _Apart(placed, places, self.device, self.dtype) if apart else _Together(placed, self.device, self.dtype)
+
+    def _saves(self, places: Sequence[int | None], shares: Shares) -> bool:
+        """Whether it takes less work to compute each place's adapters on its own rows."""
+        ranks: dict[int, int] = {}
+        for owner, factors in self._flat:
+            if places[owner] is not None:
+                ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
+        if self.convolution is not None or shares.tokens == 1 or len(ranks) < 2:
+            return False
+        return shares.picked * max(ranks.values()) < self.WORTH * shares.tokens * sum(ranks.values())
 
     def __call__(self, y: Tensor, fresh: bool, *args, **kwargs) -> Tensor:
         """`y` (..., out) or (B, out, *size) plus the adapters' part of x; written in place where nobody else holds y (`fresh`).
@@ -94,39 +240,32 @@ class Stack:
         x is the layer's first argument, by place or by whatever name its caller used.
         """
         x = args[0] if args else next(iter(kwargs.values()))
-        self._follow(x)
+        if self.dtype != x.dtype or self.device != x.device:
+            self._follow(x)
         if not (fresh and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)
-        if self.convolution is None:
-            self._add_linear(y, x)
-        else:
-            self._add_convolution(y, x)
+        for part in (self._plain, self._placed):
+            if part is None:
+                continue
+            if self.convolution is None:
+                part.add_linear(y, x)
+            else:
+                part.add_convolution(y, x, self.convolution)
         return y
 
     def _follow(self, x: Tensor) -> None:
         """Some layers compute in another dtype than the model at large: the stack is cast once and stays with it."""
-        if self.down.dtype != x.dtype or self.down.device != x.device:
-            self.down = self.down.to(x.device, x.dtype)
-            self.groups = [group._replace(up=group.up.to(x.device, x.dtype)) for group in self.groups]
-            self.gain = self.gain.to(x.device)
+        self.device, self.dtype = x.device, x.dtype
+        self._built = {key: built for key, built in self._built.items() if built[0] is self._plain and built[1] is self._placed}
+        for part in (self._plain, self._placed):
+            if part is not None:
+                part.follow(x)
 
-    def _add_linear(self, y: Tensor, x: Tensor) -> None:
-        z = F.linear(x, self.down).mul_(self.gain).flatten(0, -2)
-        flat = y.view(-1, y.shape[-1])
-        for rows, columns, up in self.groups:
-            out = flat if rows is None else flat.narrow(1, *rows)
-            if out.dtype == z.dtype:
-                out.addmm_(z.narrow(1, *columns), up.t())
-            else:
-                out.add_(z.narrow(1, *columns) @ up.t())
 
-    def _add_convolution(self, y: Tensor, x: Tensor) -> None:
-        z = CONVOLUTIONS[x.ndim](x, self.down, **self.convolution).flatten(2).mul_(self.gain[:, None])
-        flat = y.view(*y.shape[:2], -1)
-        for rows, columns, up in self.groups:
-            out = flat if rows is None else flat.narrow(1, *rows)
-            matrix = up.expand(z.shape[0], -1, -1)
-            if out.dtype == z.dtype:
-                out.baddbmm_(matrix, z.narrow(1, *columns))
-            else:
-                out.add_(matrix @ z.narrow(1, *columns))
+def _spans(factors: Iterable[Factors]) -> list[tuple[int, int] | None]:
+    """The groups of outputs that are written to."""
+    return sorted({one.rows for one in factors}, key=lambda rows: rows or (0, 0))
+
+
+def _narrow(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    return y if rows is None else y.narrow(1, *rows)

@@ -1,13 +1,21 @@
 """How each node of the pack is exercised by the law tests. A node without a case fails them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import comfy.sd
+import folder_paths
 import models
+import torch
+from safetensors.torch import save_file
 
+from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
+from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
 from concept_nodes.nodes.sliders import Slider
+from concept_nodes.ops.masks import Box
+from concept_nodes.ops.regions import Region
 
 
 class Case(NamedTuple):
@@ -37,11 +45,60 @@ def slide(*args, **options):
     return slider(*args, **options).result[0]
 
 
+def masked(model, strength=0.8, start=0.0, end=1.0, mask=None, text="own", **lora):
+    """The node on a LoRA file of its own, made for the model."""
+    file, folder = "masked_case.safetensors", Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(models.lora(model, **lora), folder / file)
+    mask = LEFT if mask is None else mask
+    return MaskedLoRA.execute(model, file, strength, start, end, mask, text)
+
+
+def put_masked(*args, **options):
+    return masked(*args, **options).result[0]
+
+
+def regions(model, strength=0.8, start=0.0, end=1.0, visible=True, **lora):
+    """Apply Regions with a LoRA on the left half and another on the rest."""
+    listed = Regions()
+    for name, part in (("left", {"shapes": (Box(0, 0, 0.5, 1),)}), ("others", {"rest": True})):
+        listed = listed.with_region(Region(name, visible=visible, **part))
+        listed = listed.with_lora(name, Hung("random", models.lora(model, seed=len(name), **lora), strength, 1.0, start, end))
+    return RegionsApply.execute(model, [], [], listed)
+
+
+def put_regions(*args, **options):
+    return regions(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
 
+LEFT = torch.zeros(1, 64, 64)
+LEFT[:, :, :32] = 1
+
 EFFECTS = {
+    "ConceptNodes_MaskedLoRA": Case(
+        execute=masked,
+        tells=("strength 0.8", "50% of the picture", "in all steps", "119 layers", "rank 2"),
+        neutral={
+            "strength 0": lambda model: put_masked(model, 0.0),
+            "empty window": lambda model: put_masked(model, start=0.5, end=0.5),
+            "empty mask": lambda model: put_masked(model, mask=torch.zeros(1, 64, 64)),
+            "no file": lambda model: MaskedLoRA.execute(model, "none", 1.0, 0.0, 1.0, LEFT).result[0],
+        },
+    ),
+    "ConceptNodes_RegionsApply": Case(
+        execute=regions,
+        tells=("'left': 50% of the picture", "'others': 50% of the picture", "'random' at 0.8", "119 layers"),
+        neutral={
+            "strength 0": lambda model: put_regions(model, 0.0),
+            "empty window": lambda model: put_regions(model, start=0.5, end=0.5),
+            "invisible": lambda model: put_regions(model, visible=False),
+            "no regions": lambda model: RegionsApply.execute(model, [], [], Regions()).result[0],
+        },
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
@@ -57,6 +114,9 @@ EFFECTS = {
 
 # Nodes that put nothing on a model, and why the laws about sampling have nothing to hold for them.
 PLUMBING = {
+    "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
 }

@@ -597,15 +597,18 @@ def test_equals_the_stock_lora_loader_after_twenty_steps(plain):
     close(models.sample(cases.slide(plain, 1.3), steps=20), models.sample(cases.stock_lora(plain, 1.3), steps=20), rtol=0.0, atol=1e-3)
 
 
-def test_nothing_of_a_run_outlives_it(plain):
+@pytest.mark.parametrize("put", [cases.slide, cases.put_regions])
+def test_nothing_of_a_run_outlives_it(plain, put):
     """Tensors on the device, modules and patchers are given free without waiting for the garbage collector."""
-    acting = cases.slide(plain)
+    acting = put(plain)
     kept = []
 
     def note(executor, *args, **kwargs):
         gate = executor.class_obj.apply_model.__self__
         kept.extend([weakref.ref(gate), weakref.ref(gate.runs[0])])
-        kept.extend(weakref.ref(layer.acts[0].down) for layer in gate.layers)
+        passes = [layer.acts[0]._plain or layer.acts[0]._placed for layer in gate.layers if layer.acts]
+        kept.extend(weakref.ref(one.down) for one in passes)
+        kept.extend(weakref.ref(spread) for spread in gate.runs[0]._spreads.values())
         return executor(*args, **kwargs)
 
     gc.disable()

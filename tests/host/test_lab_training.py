@@ -60,8 +60,8 @@ def test_denoisers_resume_and_draw_their_sheet(folder, name):
 def test_latents_are_kept_until_the_encoder_changes(folder, monkeypatch):
     pool = read_pools(folder)[64, 64]
     calls = []
-    whole = train_denoiser.encode_pool
-    monkeypatch.setattr(train_denoiser, "encode_pool", lambda *args: calls.append(1) or whole(*args))
+    whole = train_denoiser.encode_scenes
+    monkeypatch.setattr(train_denoiser, "encode_scenes", lambda *args: calls.append(1) or whole(*args))
     vae = train_denoiser.load_vae(folder, "cpu")
     first = train_denoiser.cached_latents(pool, "unet", vae, "cpu", folder)
     count = len(calls)

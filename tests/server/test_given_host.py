@@ -62,7 +62,14 @@ def start(host: Path, home: Path, cwd: Path, *arguments):
     variables |= {"COMFYUI_PATH": str(host), "CONCEPT_NODES_HOME": str(home)}
     with (cwd / "said.log").open("wb") as log:
         command = [sys.executable, str(ROOT / "run.py"), *arguments]
-        return subprocess.Popen(command, cwd=cwd, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=cwd, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed_ctrl_c
+        )
+
+
+def heed_ctrl_c():
+    """What a shell starts in its background ignores Ctrl-C, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition, process, log: Path):

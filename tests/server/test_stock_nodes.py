@@ -8,54 +8,10 @@ from safetensors.torch import save_file
 from concept_nodes.host.lab import DIT_CONFIG, MODELS
 from concept_nodes.lab.eye import Eye
 
+from graphs import RED, Graph, Lab
 from pictures import pixels
 
-RED = "a large red circle in the centre on a white background"
 DIT_WIDTH = DIT_CONFIG["hidden_size"]
-
-
-class Graph(dict):
-    """A graph in API form that names its nodes itself: `add` returns the first output, `[id, 1]` is the next."""
-
-    def add(self, class_type: str, **inputs) -> list:
-        node_id = str(len(self) + 1)
-        self[node_id] = {"class_type": class_type, "inputs": inputs}
-        return [node_id, 0]
-
-
-class Lab(Graph):
-    """A graph that has loaded a lab model, with what every picture needs."""
-
-    def __init__(self, model: str):
-        super().__init__()
-        self.model = self.add("ConceptNodes_LabLoader", model=model)
-        self.clip, self.vae = [self.model[0], 1], [self.model[0], 2]
-        self.empty = self.text("")
-
-    def text(self, text: str) -> list:
-        return self.add("CLIPTextEncode", clip=self.clip, text=text)
-
-    def latent(self, width=64, height=64, batch_size=1) -> list:
-        return self.add("EmptyLatentImage", width=width, height=height, batch_size=batch_size)
-
-    def sample(self, text=RED, *, latent=None, model=None, positive=None, negative=None, seed=5, denoise=1.0, cfg=4.0) -> list:
-        return self.add(
-            "KSampler",
-            model=model or self.model,
-            positive=positive or self.text(text),
-            negative=negative or self.empty,
-            latent_image=latent or self.latent(),
-            seed=seed,
-            steps=20,
-            cfg=cfg,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=denoise,
-        )
-
-    def save(self, latent: list) -> "Lab":
-        self.add("SaveImage", images=self.add("VAEDecode", samples=latent, vae=self.vae), filename_prefix="stock")
-        return self
 
 
 @pytest.fixture(scope="module")

@@ -8,20 +8,31 @@ import numpy as np
 from PIL import Image
 
 from client import Client
-from graphs import WORKFLOWS, changed, example
+from graphs import WORKFLOWS, example
 from pack import load_pack
 from pictures import pixels
 
 SIDE = 256
 QUALITY = 92
-# Workflow: the node and input that its four pictures vary, and the values, in reading order.
-VARIED = {"slider": ("ConceptNodes_Slider", "strength", (-2.0, -1.0, 1.0, 2.0))}
+LEFT = "a medium {} on the left on a grey background"
+# Workflow: the id of the node and the input that its four pictures vary, and the values, in reading order.
+VARIED = {
+    "slider": ("2", "strength", (-2.0, -1.0, 1.0, 2.0)),
+    "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
+    "regions_characters": ("12", "seed", (1, 2, 3, 4)),
+    "regions_hires": ("8", "seed", (1, 2, 3, 4)),
+    "regions_prompts": ("5", "prompt", tuple(LEFT.format(what) for what in ("red star", "yellow heart", "pink circle", "orange diamond"))),
+}
 
 
 def thumbnail(client: Client, name: str) -> Image.Image:
     """Two by two pictures of the example, each with another value of the input that it is about."""
-    class_type, name_of_input, values = VARIED[name]
-    drawn = [picture(client, changed(example(name), class_type, **{name_of_input: value})) for value in values]
+    node_id, name_of_input, values = VARIED[name]
+    drawn = []
+    for value in values:
+        graph = example(name)
+        graph[node_id]["inputs"][name_of_input] = value
+        drawn.append(picture(client, graph))
     return Image.fromarray(np.vstack([np.hstack(drawn[:2]), np.hstack(drawn[2:])]))
 
 

@@ -1,0 +1,485 @@
+"""Six characters on one canvas, each in its own place, in one pass, against the other ways to do it; and what a step costs.
+
+Quality, on both lab models at 128 pixels: K characters in K cells of a grid, a LoRA each. Pictures are read by the eye.
+
+    identity   share of regions in which the surest object is the region's character
+    leakage    share of all objects seen that are a character outside of its own region
+    seam       gradient across the borders between regions, over the same of the model without regions
+    valid      share of pictures that could be a drawn scene
+
+Arms: base (no LoRA, one prompt that names all), global (all LoRAs everywhere by the stock loader), hook (the host's hook LoRA and mask, a
+pass per region), couple (regional prompts without LoRA), switch (one LoRA a step, in turn; Zhong et al., arXiv 2402.16843), composite (a
+pass per LoRA over the whole picture, averaged; same paper), naive (LoRAs masked on the picture, all of them on every word of one prompt),
+ours (each region reads the one prompt through its own LoRA), apart (ours, but each region reads a prompt that names its character alone),
+and alone (one region at a time).
+
+Cost: seconds a step over the plain graph's, on interleaved runs, for K boxes of rank 16 on all attention and feed-forward layers.
+
+    step_ratio_kK      UNet of one level at Stable Diffusion 1.5's width (320 channels, context 768), 64x64 latent, random weights
+    step_ratio_lab_kK  the lab's UNet at 128 pixels
+    hook_step_ratio_k8 the host's hook LoRA and masks, on the wide one
+    calls_ratio_k8     model calls a step over the plain graph's, with a prompt of another length in every region
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..host import adapters, lab
+from ..host.dispatcher import attach
+from ..host.regions import Hung, Regions, apply
+from ..lab.captions import PLACE_WORDS
+from ..lab.characters import WORDS, path_of, surest
+from ..lab.eye import Eye, Reading, cell_of
+from ..ops.masks import Box
+from ..ops.regions import Region
+from . import _report
+from ._report import Claim, Figure, mean, share
+
+SIZE, STEPS, CFG = 128, 20, 4.0
+COUNTS = (1, 2, 3, 4, 6)
+GRIDS = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 6: (3, 2), 8: (4, 2)}  # columns, rows
+SEEDS, FIRST_SEED = 24, 30_000
+BACKGROUND = "on a grey background"
+TIMED = {"repeats": 9, "steps": 8, "wide_steps": 1, "wide_repeats": 5}
+
+CLAIMS = {
+    "step_ratio_k8": Claim(high=1.25),
+    "step_ratio_lab_k8": Claim(high=1.40),
+    "calls_ratio_k8": Claim(1.0, 1.0),
+} | {
+    f"{kind}_{key}": claim
+    for kind in lab.MODELS
+    for key, claim in {"identity_k6": Claim(low=0.90), "leakage_k6": Claim(high=0.25), "seam_k6": Claim(high=1.2)}.items()
+}
+
+
+class Layout:
+    """K characters in the cells of a grid. turn: by how many the characters are moved on, so that each comes to every cell."""
+
+    def __init__(self, k: int, turn: int = 0):
+        self.k = k
+        columns, rows = GRIDS[k]
+        names = list(WORDS)
+        self.boxes = [Box(c / columns, r / rows, 1 / columns, 1 / rows) for r in range(rows) for c in range(columns)]
+        self.names = [names[(index + turn) % len(names)] for index in range(k)]
+
+    def place(self, index: int) -> str:
+        box = self.boxes[index]
+        return PLACE_WORDS[cell_of(box.x + box.width / 2, box.y + box.height / 2)][0]
+
+    def prompt(self, index: int) -> str:
+        """What one region asks for."""
+        return f"a large {WORDS[self.names[index]]} {self.place(index)} {BACKGROUND}"
+
+    def whole(self) -> str:
+        """One prompt that names all."""
+        things = [f"a large {WORDS[name]} {self.place(index)}" for index, name in enumerate(self.names)]
+        return f"{', '.join(things[:-1])} and {things[-1]} {BACKGROUND}" if self.k > 1 else f"{things[0]} {BACKGROUND}"
+
+    def regions(self, loras: dict[str, dict], *, prompts: bool, only: Sequence[int] | None = None) -> Regions:
+        made = Regions()
+        for index in range(self.k) if only is None else only:
+            name = self.names[index]
+            made = made.with_region(Region(name, shapes=(self.boxes[index],), prompt=self.prompt(index) if prompts else ""))
+            if name in loras:
+                made = made.with_lora(name, Hung(name, loras[name]))
+        return made
+
+    def mask(self, index: int, size: int = SIZE) -> torch.Tensor:
+        return Regions().with_region(Region("one", shapes=(self.boxes[index],))).drawn(size, size)
+
+    def of(self, x: float, y: float) -> int:
+        """The region of a point in pixels."""
+        columns, rows = GRIDS[self.k]
+        return min(int(y * rows / SIZE), rows - 1) * columns + min(int(x * columns / SIZE), columns - 1)
+
+
+class Switch(adapters.AdapterEffect):
+    """A LoRA that acts in every K-th step."""
+
+    def __init__(self, name, parts, turn: int, k: int):
+        super().__init__(name, parts, 1.0)
+        self.turn, self.k = turn, k
+
+    def strengths(self, model_sampling):
+        seen: list[float] = []
+
+        def strength(call):
+            if call.sigma not in seen:
+                seen.append(call.sigma)
+            return 1.0 if seen.index(call.sigma) % self.k == self.turn else 0.0
+
+        return strength
+
+
+# --- the arms: layout -> (model, positive, negative) ------------------------------------------------------------------------------
+
+
+def encode(loaded, text: str, **options) -> list:
+    context, pooled = loaded.clip.encode_from_tokens(loaded.clip.tokenize(text), return_pooled=True)
+    return [context, {"pooled_output": pooled} | options]
+
+
+def base(loaded, layout, loras):
+    return loaded.model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def stacked(loaded, layout, loras):
+    import comfy.sd
+
+    model = loaded.model
+    for name in layout.names:
+        model, _ = comfy.sd.load_lora_for_models(model, None, loras[name], 1.0, 0.0)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def hooked(loaded, layout, loras, *, masks: bool = True):
+    """A pass per LoRA: in its mask with its own prompt, or over the whole picture with the prompt that names all (composite)."""
+    import comfy.hooks
+
+    positive, negative = [], []
+    for index, name in enumerate(layout.names):
+        hooks = comfy.hooks.create_hook_lora(lora=loras[name], strength_model=1.0, strength_clip=0.0)
+        options = {"hooks": hooks} | ({"mask": layout.mask(index), "mask_strength": 1.0, "set_area_to_bounds": False} if masks else {})
+        positive.append(encode(loaded, layout.prompt(index) if masks else layout.whole(), **options))
+        negative.append(encode(loaded, "", **options))
+    return loaded.model, positive, negative
+
+
+def composite(loaded, layout, loras):
+    return hooked(loaded, layout, loras, masks=False)
+
+
+def couple(loaded, layout, loras):
+    model, _ = apply(loaded.model, layout.regions({}, prompts=True), loaded.clip)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def switch(loaded, layout, loras):
+    model = loaded.model.clone()
+    for turn, name in enumerate(layout.names):
+        attach(model, Switch(name, adapters.place(loaded.model, loras[name], name).parts, turn, layout.k))
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def naive(loaded, layout, loras):
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=False), loaded.clip, text="all")
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def ours(loaded, layout, loras, only: Sequence[int] | None = None):
+    """Alone, a region names its character alone: a prompt that names all would draw them as ordinary things elsewhere."""
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=only is not None, only=only), loaded.clip)
+    return model, [encode(loaded, layout.whole() if only is None else BACKGROUND)], [encode(loaded, "")]
+
+
+def apart(loaded, layout, loras):
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=True), loaded.clip)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+ARMS: dict[str, Callable] = {
+    "base": base,
+    "global": stacked,
+    "hook": hooked,
+    "couple": couple,
+    "switch": switch,
+    "composite": composite,
+    "naive": naive,
+    "apart": apart,
+    "ours": ours,
+}
+
+
+def sample(loaded, model, positive, negative, seeds: Sequence[int], steps: int = STEPS) -> torch.Tensor:
+    """Pictures (N, H, W, 3) of the seeds."""
+    import comfy.sample
+
+    side = SIZE // loaded.vae.spacial_compression_decode()
+    noise = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    latent = comfy.sample.sample(
+        model, noise, steps, CFG, "euler", "normal", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0
+    )
+    return loaded.vae.decode(latent)
+
+
+# --- quality ----------------------------------------------------------------------------------------------------------------------
+
+
+def identities(layout: Layout, readings: Sequence[Reading], only: Sequence[int] | None = None) -> list[bool]:
+    """For each picture and region: whether the surest object in it is the region's character."""
+    found = []
+    for reading in readings:
+        for index in range(layout.k) if only is None else only:
+            inside = [seen for seen in reading.objects if layout.of(seen.x, seen.y) == index]
+            found.append(surest(Reading(0.0, "", 0.0, inside)) == layout.names[index])
+    return found
+
+
+def strays(layout: Layout, readings: Sequence[Reading]) -> list[float]:
+    """For each picture: characters outside of their own region, as a share of the regions."""
+    return [
+        sum(seen.kind in layout.names and layout.names[layout.of(seen.x, seen.y)] != seen.kind for seen in reading.objects) / layout.k
+        for reading in readings
+    ]
+
+
+def seams(layout: Layout, pictures: torch.Tensor) -> torch.Tensor:
+    """(N,) mean step in brightness across the borders between regions."""
+    grey = pictures.mean(-1)
+    columns, rows = GRIDS[layout.k]
+    steps = [(grey[:, :, x] - grey[:, :, x - 1]).abs() for x in (round(c * SIZE / columns) for c in range(1, columns))]
+    steps += [(grey[:, y] - grey[:, y - 1]).abs() for y in (round(r * SIZE / rows) for r in range(1, rows))]
+    return torch.cat(steps, 1).mean(1) if steps else torch.zeros(len(pictures))
+
+
+def measure_quality(kind: str, counts: Sequence[int], seeds: Sequence[int], arms: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
+    """Figures at K = 6 and each arm's course over K."""
+    import comfy.utils
+
+    loaded, eyes = lab.load(kind), {name: Eye.load(name) for name in EYES}
+    loras = {name: comfy.utils.load_torch_file(str(path_of(name, kind)), safe_load=True) for name in WORDS}
+    figures: dict[str, Figure] = {}
+    courses = []
+    for k in counts:
+        turns = [seeds[turn :: len(WORDS)] for turn in range(len(WORDS))]
+        told: dict[str, dict[str, list]] = {}
+        for arm in arms if k > 1 else ("base", "global", "couple", "ours"):
+            row = told[arm] = {f"{key}_{eye}": [] for key in ("identity", "stray", "valid") for eye in eyes} | {"seam": []}
+            for turn, own in enumerate(turns):
+                if not own:
+                    continue
+                layout = Layout(k, turn)
+                pictures = sample(loaded, *ARMS[arm](loaded, layout, loras), own)
+                row["seam"] += seams(layout, pictures).tolist()
+                for name, eye in eyes.items():
+                    readings = eye.read(pictures)
+                    row[f"identity_{name}"] += identities(layout, readings)
+                    row[f"stray_{name}"] += strays(layout, readings)
+                    row[f"valid_{name}"] += [reading.valid > 0.5 for reading in readings]
+            courses.append(
+                {"model": kind, "arm": arm, "k": k, "n": len(seeds)} | {key: round(sum(v) / len(v), 4) for key, v in row.items()}
+            )
+            print(courses[-1], flush=True)
+        if k == max(counts):
+            alone = _alone(loaded, k, turns, loras, eyes)
+            courses.append(
+                {"model": kind, "arm": "alone", "k": k, "n": len(alone["eye"])}
+                | {f"identity_{name}": round(sum(v) / len(v), 4) for name, v in alone.items()}
+            )
+            for name in eyes:
+                suffix = "" if name == "eye" else f"_{name}"
+                figures |= _figures(kind, k, told, alone[name], name, suffix)
+    return figures, courses
+
+
+EYES = ("eye",)
+
+
+def _alone(loaded, k: int, turns, loras, eyes) -> dict[str, list[bool]]:
+    """Identity of every region with only itself on the canvas."""
+    found: dict[str, list[bool]] = {name: [] for name in eyes}
+    for turn, own in enumerate(turns):
+        for index in range(k):
+            if own:
+                layout = Layout(k, turn)
+                pictures = sample(loaded, *ours(loaded, layout, loras, [index]), own[:2])
+                for name, eye in eyes.items():
+                    found[name] += identities(layout, eye.read(pictures), [index])
+    return found
+
+
+def _figures(kind: str, k: int, told: dict, alone: list[bool], eye: str, suffix: str) -> dict[str, Figure]:
+    """Ratios over the reference arms; their intervals are those of the numerator."""
+
+    def over(figure: Figure, by: float) -> Figure:
+        by = max(by, 1e-9)
+        return Figure(figure.value / by, figure.low / by, figure.high / by, figure.n)
+
+    def average(values) -> float:
+        return sum(values) / len(values)
+
+    mine, everywhere, plain = told["ours"], told["global"], told["base"]
+    return {
+        f"{kind}_identity_k{k}{suffix}": over(share(mine[f"identity_{eye}"]), average(alone)),
+        f"{kind}_leakage_k{k}{suffix}": over(mean(mine[f"stray_{eye}"]), average(everywhere[f"stray_{eye}"])),
+        f"{kind}_seam_k{k}{suffix}": over(mean(mine["seam"]), average(plain["seam"])),
+    }
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------------------
+
+WIDE = lab.UNET_CONFIG | {
+    "model_channels": 320,
+    "num_res_blocks": [2],
+    "channel_mult": [1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "num_heads": 8,
+}
+
+
+def wide_model():
+    """A UNet of one level at Stable Diffusion 1.5's width, with random weights."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15(dict(WIDE))
+    config.unet_config = dict(WIDE)
+    config.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode(False):
+        model = config.get_model({}, "", device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.diffusion_model.parameters():
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+            parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+    return comfy.model_patcher.ModelPatcher(model, comfy.model_management.get_torch_device(), torch.device("cpu"))
+
+
+def random_lora(model, rank: int, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA on all linear layers of the attention blocks and their 1x1 projections."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, module in model.model.named_modules():
+        weight = getattr(module, "weight", None)
+        inside = ".transformer_blocks." in name or name.endswith((".proj_in", ".proj_out"))
+        if not inside or weight is None or weight.ndim < 2:
+            continue
+        state[f"{name}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.02
+        state[f"{name}.lora_up.weight"] = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2), generator=generator) * 0.02
+    return state
+
+
+class Graph:
+    """One arm of the timing: a model with its conditions."""
+
+    def __init__(self, model, positive, negative, side: int, cfg: float):
+        self.model, self.positive, self.negative, self.side, self.cfg = model, positive, negative, side, cfg
+
+    def run(self, steps: int) -> float:
+        """Seconds a step."""
+        import comfy.sample
+
+        noise = torch.zeros(1, 4, self.side, self.side)
+        began = time.perf_counter()
+        comfy.sample.sample(
+            self.model, noise, steps, self.cfg, "euler", "normal", self.positive, self.negative, noise, disable_pbar=True, seed=0
+        )
+        return (time.perf_counter() - began) / steps
+
+
+def random_context(width: int, tokens: int, seed: int) -> torch.Tensor:
+    return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def boxes(model, k: int, rank: int = 16) -> Regions:
+    layout = Layout(k)
+    made = Regions()
+    for index, box in enumerate(layout.boxes):
+        made = made.with_region(Region(str(index), shapes=(box,))).with_lora(str(index), Hung("random", random_lora(model, rank, index)))
+    return made
+
+
+def hook_graph(model, k: int, width: int, side: int, cfg: float) -> Graph:
+    import comfy.hooks
+
+    positive, negative = [], []
+    for index in range(k):
+        hooks = comfy.hooks.create_hook_lora(lora=random_lora(model, 16, index), strength_model=1.0, strength_clip=0.0)
+        mask = Regions().with_region(Region("one", shapes=(Layout(k).boxes[index],))).drawn(64, 64)
+        options = {"hooks": hooks, "mask": mask, "mask_strength": 1.0, "set_area_to_bounds": False}
+        positive.append([random_context(width, 77, 1), options])
+        negative.append([random_context(width, 77, 2), options])
+    return Graph(model, positive, negative, side, cfg)
+
+
+def ratios(arms: dict[str, Graph], repeats: int, steps: int) -> dict[str, list[float]]:
+    """Seconds a step of each arm over the first's in the same round; a first round warms up."""
+    for graph in arms.values():
+        graph.run(2)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, graph in arms.items():
+            times[name].append(graph.run(steps))
+    plain = times[next(iter(arms))]
+    return {name: [own / first for own, first in zip(row, plain, strict=True)] for name, row in times.items()}
+
+
+def measure_cost() -> tuple[dict[str, Figure], list[dict]]:
+    figures: dict[str, Figure] = {}
+    rows = []
+    for name, model, width, side, cfg, hooks in (
+        ("step_ratio_lab", lab.load_model("unet"), lab.UNET_CONFIG["context_dim"], SIZE // lab.downscale("unet"), CFG, False),
+        ("step_ratio", wide_model(), 768, 64, 1.0, True),
+    ):
+        conditions = [[random_context(width, 77, 1), {}]], [[random_context(width, 77, 2), {}]]
+        arms = {"plain": Graph(model, *conditions, side, cfg)}
+        for k in (1, 2, 4, 8):
+            arms[f"{name}_k{k}"] = Graph(apply(model, boxes(model, k))[0], *conditions, side, cfg)
+        if hooks:
+            arms["hook_step_ratio_k8"] = hook_graph(model, 8, width, side, cfg)
+        wide = "wide_" if hooks else ""
+        measured = ratios(arms, TIMED[f"{wide}repeats"], TIMED[f"{wide}steps"])
+        for arm, values in measured.items():
+            if arm != "plain":
+                figures[arm] = mean([statistics.median(values)]) if len(values) < 3 else _middle(values)
+            rows.append({"arm": f"{name}: {arm}", "ratios": [round(value, 4) for value in values]})
+            print(rows[-1], flush=True)
+    figures["calls_ratio_k8"] = mean([calls_ratio()])
+    return figures, rows
+
+
+def _middle(values: Sequence[float]) -> Figure:
+    """The median with its bootstrap interval."""
+    data = torch.tensor(values, dtype=torch.float64)
+    draws = data[torch.randint(len(data), (2000, len(data)), generator=torch.Generator().manual_seed(0))].median(1).values
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(float(data.median()), low, high, len(data))
+
+
+def calls_ratio() -> float:
+    """Model calls with eight regional prompts of unequal length, over those of the plain graph."""
+    from comfy.patcher_extension import WrappersMP
+
+    loaded = lab.load("unet")
+    regions = Regions()
+    for index, box in enumerate(Layout(8).boxes):
+        words = " ".join(["red star"] * (1 + 6 * index))
+        regions = regions.with_region(Region(str(index), shapes=(box,), prompt=words))
+    counts = []
+    for model in (apply(loaded.model, regions, loaded.clip)[0], loaded.model):
+        calls: list[int] = []
+
+        def count(executor, *args, _calls=calls, **kwargs):
+            _calls.append(1)
+            return executor(*args, **kwargs)
+
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", count)
+        Graph(model, [encode(loaded, "a red star")], [encode(loaded, "")], SIZE // lab.downscale("unet"), CFG).run(4)
+        counts.append(len(calls))
+    return counts[0] / counts[1]
+
+
+def _measure(sample: bool):
+    lab.show_files()
+    with torch.inference_mode():
+        figures, arms = measure_cost()
+        seeds = range(FIRST_SEED, FIRST_SEED + (6 if sample else SEEDS))
+        for kind in lab.MODELS:
+            found, courses = measure_quality(kind, (6,) if sample else COUNTS, seeds, ("base", "global", "ours") if sample else list(ARMS))
+            figures |= found
+            arms += courses
+    return figures, arms
+
+
+def main(argv: list[str]) -> int:
+    return _report.run("regional", argv, _measure, CLAIMS)

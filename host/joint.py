@@ -1,0 +1,48 @@
+"""Models that read prompt and picture as one sequence (Flux): several texts behind one another, and who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..ops.attention import joint_bias
+
+
+class Joint:
+    """What one call's prompt is replaced by."""
+
+    def __init__(
+        self,
+        shares: torch.Tensor,
+        texts: Sequence[Sequence[torch.Tensor | None]],
+        lengths: Sequence[int],
+        apart: torch.Tensor | None = None,
+    ):
+        """shares (S, C or 1, tokens) for C chunks of the batch; texts: for each of S segments, for each chunk, a context (1, n, width) or
+        None for the chunk's own; lengths: rows of each segment, the longest that its chunks read; apart (C or 1, tokens, tokens): what is
+        added to the attention of the picture to itself.
+        """
+        self.shares, self.texts, self.lengths, self.apart = shares, texts, lengths, apart
+        self._bias: dict[tuple, torch.Tensor] = {}
+
+    def arguments(self, context: torch.Tensor, references: int = 0) -> dict[str, torch.Tensor]:
+        """The context (rows, sum of lengths, width) and the attention's bias, as the host's model takes them."""
+        chunks = context.chunk(len(self.texts[0]))
+        read = [
+            [own if text is None else text.to(own).expand(len(own), -1, -1) for own, text in zip(chunks, texts, strict=True)]
+            for texts in self.texts
+        ]
+        whole = torch.cat(
+            [
+                torch.cat([torch.nn.functional.pad(text, (0, 0, 0, length - text.shape[1])) for text in texts])
+                for texts, length in zip(read, self.lengths, strict=True)
+            ],
+            1,
+        )
+        key = (context.device, context.dtype, context.shape, references)
+        if key not in self._bias:
+            real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks))]
+            bias = joint_bias(self.shares.cpu(), self.lengths, real, references, None if self.apart is None else self.apart.cpu())
+            self._bias = {key: bias.repeat_interleave(len(chunks[0]), 0).to(context)}
+        return {"c_crossattn": whole, "attention_mask": self._bias[key]}

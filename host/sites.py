@@ -1,0 +1,82 @@
+"""Where a module's rows lie: on the picture at some halving of it, on the text, on both, or nowhere (one row for all of the picture)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .families import Family, family_of
+
+# Kinds of rows. MAP: positions of a convolution's output; IMAGE: tokens of the picture; TEXT: tokens of the prompt; JOINT: text, then
+# picture; VECTOR: no tokens, the same for all of the picture.
+MAP, IMAGE, TEXT, JOINT, VECTOR = "map", "image", "text", "joint", "vector"
+
+
+class Site(NamedTuple):
+    """What a module's output rows stand for. level: how often the latent was halved before them."""
+
+    kind: str
+    level: int = 0
+
+
+def sites(model, names: Iterable[str]) -> dict[str, Site]:
+    """The site of each module of a host model, by its name from there ("diffusion_model....")."""
+    family = family_of(model)
+    levels = _unet_levels(model.diffusion_model) if hasattr(model.diffusion_model, "input_blocks") else {}
+    return {name: _site(family, levels, name, model.get_submodule(name)) for name in names}
+
+
+def _site(family: Family, levels: dict[str, int], name: str, module: torch.nn.Module) -> Site:
+    inner = name.removeprefix("diffusion_model.")
+    kind = next((kind for kind, pattern in family.rows.items() if re.search(pattern, inner)), IMAGE)
+    if kind in (TEXT, VECTOR):
+        return Site(kind)
+    level = next((level for prefix, level in levels.items() if inner.startswith(prefix)), 0) if levels else family.patch_level
+    return Site(MAP if isinstance(module, torch.nn.Conv2d) else kind, level)
+
+
+def _unet_levels(unet) -> dict[str, int]:
+    """Level of each part of a UNet by the beginning of its name, the longest first: resampling convolutions write to the next one's."""
+    levels, level = {}, 0
+    for part in ("input_blocks", "middle_block", "output_blocks"):
+        blocks = enumerate(getattr(unet, part)) if part != "middle_block" else [(None, unet.middle_block)]
+        for index, block in blocks:
+            prefix = f"{part}." if index is None else f"{part}.{index}."
+            levels[prefix] = level
+            for at, module in enumerate(block):
+                step = {"Downsample": 1, "Upsample": -1}.get(type(module).__name__, 0)
+                if step:
+                    level += step
+                    levels[f"{prefix}{at}."] = level
+    return dict(sorted(levels.items(), key=lambda item: -len(item[0])))
+
+
+class Pyramid:
+    """Masks (K, height, width) over a latent, at every halving of it. The sum over K at a place stays what it was, whatever the level."""
+
+    def __init__(self, masks: torch.Tensor):
+        self._levels = [masks]
+
+    def at(self, level: int) -> torch.Tensor:
+        """(K, h, w): cells of odd edges count only what lies inside, as strided convolutions and patches with padding have them."""
+        while len(self._levels) <= level:
+            self._levels.append(F.avg_pool2d(self._levels[-1][:, None], 2, ceil_mode=True, count_include_pad=False)[:, 0])
+        return self._levels[level]
+
+    def rows(self, site: Site, text: torch.Tensor) -> torch.Tensor:
+        """The masks on a site's rows: (K, h, w) for maps, (K,) area shares for vectors, (K, rows) otherwise; `text` (tokens,) stands for
+        those of the text.
+        """
+        if site.kind == MAP:
+            return self.at(site.level)
+        if site.kind == VECTOR:
+            return self.at(0).mean((1, 2))
+        words = text.expand(len(self.at(0)), -1)
+        if site.kind == TEXT:
+            return words
+        picture = self.at(site.level).flatten(1)
+        return torch.cat([words, picture], 1) if site.kind == JOINT else picture

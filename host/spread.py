@@ -1,0 +1,157 @@
+"""What the places of active effects mean for one kind of model call: shares of every layer's rows, and the texts that are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..ops.shares import Shares
+from .joint import Joint
+from .places import Place, Segment, segments
+from .sites import JOINT, MAP, TEXT, VECTOR, Pyramid, Site
+
+
+class Crop(NamedTuple):
+    """The part of the latent that one chunk of a batch shows, in latent cells."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Kind(NamedTuple):
+    """What calls must have in common to share a `Spread`.
+
+    full: height and width of the whole latent; crops: each chunk's part of it, one for all where they are the same; names: each chunk's
+    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own.
+    """
+
+    full: tuple[int, int]
+    crops: tuple[Crop, ...]
+    names: tuple[str, ...]
+    batch: int
+    tokens: int
+    references: int
+
+
+class Spread:
+    """`placed` (effect by number) over one kind of call.
+
+    `places` are the distinct ones; a layer's `Shares` count them in this order.
+    """
+
+    def __init__(self, kind: Kind, placed: Mapping[int, tuple[Place, str]], device: torch.device):
+        self.kind, self.device = kind, device
+        self.places = list(dict.fromkeys(place for place, _ in placed.values()))
+        self._number = {place: index for index, place in enumerate(self.places)}
+        whole = _on(kind.full, self.places)
+        self.segments, shares = segments(self.places, whole)
+        names = kind.names or ("",)
+        self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
+        self._whole, self._masks, self._shared = whole, self._cut(whole), self._cut(shares)
+        self._policies = {index: text for index, (_, text) in placed.items()}
+        self._placed = {index: place for index, (place, _) in placed.items()}
+        self._of_sites: dict = {}
+        self.lengths: list[int] = []
+        self.joint: Joint | None = None
+        self.biases: dict = {}
+
+    def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
+        """One pyramid for each crop."""
+        return [Pyramid(masks[:, c.top : c.top + c.height, c.left : c.left + c.width]) for c in self.kind.crops]
+
+    def read_apart(self) -> None:
+        """Every segment in a softmax of its own: texts repeated to one length per segment, which no softmax notices."""
+        self.lengths = [math.lcm(*(self._tokens(text) for text in texts)) for texts in self.texts]
+
+    def read_jointly(self, own: bool, apart: torch.Tensor | None) -> Joint | None:
+        """One sequence: segments behind one another where any text differs from the common one, or where adapters act on their own rows
+        (`own`); nothing where one common text serves.
+        """
+        several = own or any(segment.reader for segment in self.segments)
+        if not several:
+            self.segments, self.texts = [Segment(frozenset(), None)], [[None] * len(self.texts[0])]
+            self._shared = [Pyramid(torch.ones(1, crop.height, crop.width)) for crop in self.kind.crops]
+        self.lengths = [max(self._tokens(text) for text in texts) for texts in self.texts]
+        if not several and apart is None:
+            return None
+        shares = torch.stack([shared.at(1).flatten(1) for shared in self._shared], 1)
+        return Joint(shares, self.texts, self.lengths, apart)
+
+    def _tokens(self, text: torch.Tensor | None) -> int:
+        return self.kind.tokens if text is None else text.shape[1]
+
+    def segment_shares(self, site: Site) -> Shares:
+        """Who reads which segment's text, at a layer over the picture."""
+        key = ("segments", site.level)
+        if key not in self._of_sites:
+            self._of_sites[key] = Shares(self._over([shared.at(site.level).flatten(1) for shared in self._shared]))
+        return self._of_sites[key]
+
+    def shares(self, site: Site, members: Sequence[int]) -> tuple[list[int], Shares]:
+        """For the effects `members`: the number of each one's place in the shares of a layer's rows, and these. Effects that act on other
+        words of the prompt than their place does are places of their own.
+        """
+        words = site.kind in (TEXT, JOINT)
+        names = [(self._number[self._placed[index]], self._policies[index] if words else "") for index in members]
+        columns = list(dict.fromkeys(names))
+        key = (site, tuple(columns))
+        if key not in self._of_sites:
+            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns) for pyramid in self._masks]))
+        return [columns.index(name) for name in names], self._of_sites[key]
+
+    def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str]]) -> torch.Tensor:
+        """(columns, rows)"""
+        at = [place for place, _ in columns]
+        if site.kind == VECTOR:
+            return pyramid.at(0)[at].mean((1, 2))[:, None]
+        picture = pyramid.at(site.level)[at].flatten(1)
+        if site.kind not in (TEXT, JOINT):
+            return torch.nn.functional.pad(picture, (0, self._behind(site)))
+        words = torch.stack([self._words(place, policy) for place, policy in columns])
+        return words if site.kind == TEXT else torch.nn.functional.pad(torch.cat([words, picture], 1), (0, self._behind(site)))
+
+    def _behind(self, site: Site) -> int:
+        """Reference pictures belong to nobody."""
+        return self.kind.references if site.kind != MAP else 0
+
+    def _words(self, place: int, policy: str) -> torch.Tensor:
+        own = [float(policy == "all" or (policy == "own" and place in segment.places)) for segment in self.segments]
+        return torch.cat([torch.full((n,), value) for value, n in zip(own, self.lengths, strict=True)])
+
+    def _over(self, chunks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(columns, batch rows or 1, rows) on the device."""
+        rows = torch.stack(list(chunks), 1)
+        if len(chunks) > 1:
+            rows = rows.repeat_interleave(self.kind.batch // len(chunks), 1)
+        return rows.to(self.device)
+
+    def missed(self) -> bool:
+        """Whether a layer had other rows than were shared out."""
+        return any(shares.missed for shares in self._of_sites.values())
+
+    def apart(self, level: int, places: Sequence[Place]) -> torch.Tensor:
+        """(C or 1, tokens, tokens): how much of each position belongs to another of `places` than each other position does, from 0 to 1.
+        The rest is apart from nobody.
+        """
+        found, masks = [], _on(self.kind.full, places)
+        for crop in self.kind.crops:
+            cut = masks[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            rows = Pyramid(cut).at(level).flatten(1)
+            total = rows.sum(0)
+            found.append((total[:, None] * total[None] - rows.t() @ rows).clamp(min=0))
+        return torch.stack(found)
+
+    def tokens(self, level: int) -> int:
+        """Positions at a level."""
+        crop = self.kind.crops[0]
+        return -(-crop.height // 2**level) * -(-crop.width // 2**level)
+
+
+def _on(grid: tuple[int, int], places: Sequence[Place]) -> torch.Tensor:
+    """(K, height, width)"""
+    return torch.stack([place.on(*grid) for place in places]) if places else torch.zeros(0, *grid)

@@ -1,0 +1,89 @@
+"""Who has which rows of a layer, and how much of each.
+
+Several places share the rows of a layer (tokens of the picture or of the text). What belongs to a place is computed on that place's rows
+alone: they are picked, worked on side by side, and added back, times the place's share of each. Places of like size go together, so that
+the work grows with the rows that places have and the number of operations does not grow with the number of places.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bucket(NamedTuple):
+    """Places of like size. rows (P * B * n,): numbers of their rows in a flattened (B * tokens) sequence, place by place; weight
+    (P, B or 1, n, 1): their shares of them, 0 where a place has fewer than n.
+    """
+
+    places: tuple[int, ...]
+    rows: Tensor
+    weight: Tensor
+
+    def part(self, at: list[int]) -> Bucket:
+        """Some of the places."""
+        if len(at) == len(self.places):
+            return self
+        rows = self.rows.view(len(self.places), -1)[at].flatten()
+        return Bucket(tuple(self.places[one] for one in at), rows, self.weight[at])
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(P, B * n, channels): the rows of x (B, tokens, channels), place by place."""
+        return x.flatten(0, -2).index_select(0, self.rows).view(len(self.places), -1, x.shape[-1])
+
+    def weigh(self, z: Tensor, factor: Tensor | None = None) -> Tensor:
+        """z (P, B * n, channels) times the shares, in place, and times a factor (P, 1, 1, channels or 1)."""
+        weight = self.weight if factor is None else self.weight * factor
+        view = z.view(weight.shape[0], -1, weight.shape[2], z.shape[-1])
+        return view.mul_(weight).view(z.shape)
+
+    def add(self, y: Tensor, part: Tensor) -> None:
+        """Add rows (P, B * n, channels) back where they were picked, to y (B * tokens, channels)."""
+        y.index_add_(0, self.rows, part.flatten(0, -2).to(y.dtype))
+
+
+class Shares:
+    """The shares that P places have of a layer's rows: `rows` (P, B or 1, tokens), B where those of one batch differ."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+        counts = (rows != 0).sum(-1).amax(1).tolist()
+        self._sizes: dict[int, list[int]] = {}
+        for place, count in enumerate(counts):
+            if count:
+                # Powers of two: no place is padded to more than twice its rows.
+                self._sizes.setdefault((count - 1).bit_length(), []).append(place)
+        self.picked = sum(len(places) * max(counts[place] for place in places) for places in self._sizes.values())
+        self._counts, self._buckets = counts, {}
+        # Whether a layer had other rows than these, and so got nothing of them.
+        self.missed = False
+
+    def groups(self) -> list[tuple[int, ...]]:
+        """The places of each bucket."""
+        return [tuple(places) for places in self._sizes.values()]
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.shape[-1]
+
+    def buckets(self, batch: int, tokens: int) -> list[Bucket]:
+        """The places that have any row, for a batch of so many rows of `tokens` each, of which those past ours belong to nobody. Of a
+        sequence that is shorter than ours nobody has anything: it is not the one that was shared out.
+        """
+        if tokens < self.tokens:
+            self.missed = True
+            return []
+        if (batch, tokens) not in self._buckets:
+            self._buckets[batch, tokens] = [self._bucket(places, batch, tokens) for places in self.groups()]
+        return self._buckets[batch, tokens]
+
+    def _bucket(self, places: tuple[int, ...], batch: int, tokens: int) -> Bucket:
+        shares = self.rows[list(places)]
+        n = max(self._counts[place] for place in places)
+        # The rows that a place has, in order, come first; what fills up behind them weighs nothing.
+        order = torch.argsort((shares == 0).to(torch.uint8), dim=-1, stable=True)[..., :n]
+        weight = shares.gather(-1, order)
+        first = torch.arange(batch, device=order.device)[:, None] * tokens
+        return Bucket(places, (order + first).flatten(), weight[..., None])

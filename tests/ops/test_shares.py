@@ -1,0 +1,202 @@
+"""Rows picked place by place, worked on, and added back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concept_nodes.ops.attention import blend
+from concept_nodes.ops.lora import Factors, Stack
+from concept_nodes.ops.shares import Shares
+
+CPU = torch.device("cpu")
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shared(places, tokens, seed=0, hard=True, batch=1):
+    """Shares of a few places and a rest that nobody has, adding up to at most 1."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(places + 1, batch, tokens, generator=generator) * 2
+    if hard:
+        return torch.nn.functional.one_hot(logits.argmax(0), places + 1).movedim(-1, 0)[:-1].float()
+    soft = torch.softmax(logits * 3, 0)[:-1]
+    return torch.where(soft > 0.2, soft, 0.0)
+
+
+class TestShares:
+    @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+    @settings(max_examples=60, deadline=None)
+    def test_what_is_picked_weighed_and_added_back_is_the_shares_times_it(self, places, tokens, batch, hard, seed):
+        rows = shared(places, tokens, seed, hard)
+        x, y = random(batch, tokens, 3, seed=seed + 1), torch.zeros(batch, tokens, 3)
+        for bucket in Shares(rows).buckets(batch, tokens):
+            bucket.add(y.view(-1, 3), bucket.weigh(bucket.pick(x)))
+        torch.testing.assert_close(y, x * rows.sum(0)[..., None], rtol=1e-5, atol=1e-6)
+
+    def test_places_of_like_size_go_together(self):
+        rows = torch.zeros(4, 1, 64)
+        for place, (first, last) in enumerate([(0, 30), (30, 34), (34, 37), (37, 64)]):
+            rows[place, 0, first:last] = 1
+        shares = Shares(rows)
+        assert sorted(bucket.places for bucket in shares.buckets(1, 64)) == [(0, 3), (1, 2)]
+        assert shares.picked == 2 * 30 + 2 * 4
+
+    def test_places_without_rows_are_left_out(self):
+        rows = torch.zeros(3, 1, 8)
+        rows[1] = 1
+        (only,) = Shares(rows).buckets(2, 8)
+        assert only.places == (1,)
+        assert Shares(torch.zeros(3, 1, 8)).buckets(1, 8) == []
+
+    def test_rows_of_one_batch_may_differ(self):
+        rows = shared(3, 20, seed=4, batch=2)
+        x, y = random(2, 20, 5), torch.zeros(2, 20, 5)
+        for bucket in Shares(rows).buckets(2, 20):
+            bucket.add(y.view(-1, 5), bucket.weigh(bucket.pick(x)))
+        torch.testing.assert_close(y, x * rows.sum(0)[..., None])
+
+    def test_a_shorter_sequence_is_not_the_one_shared_out(self):
+        assert Shares(torch.ones(2, 1, 6)).buckets(1, 5) == []
+
+    def test_tokens_behind_ours_belong_to_nobody(self):
+        rows = torch.ones(1, 1, 6)
+        x, y = random(2, 9, 4), torch.zeros(2, 9, 4)
+        for bucket in Shares(rows).buckets(2, 9):
+            bucket.add(y.view(-1, 4), bucket.pick(x))
+        assert torch.equal(y[:, :6], x[:, :6])
+        assert not y[:, 6:].any()
+
+
+class TestStackInPlaces:
+    """Adapters in places, on all rows at once and each on its own rows: the same."""
+
+    def adapters(self, k, ranks, out=12, inputs=10, rows=None):
+        made = []
+        for index in range(k):
+            rank = ranks[index % len(ranks)]
+            spans = [(0, out // 3), (2 * out // 3, out // 3)] if rows else [None]
+            made.append(
+                [
+                    Factors(
+                        random(rank, inputs, seed=10 * index),
+                        random(span[1] if span else out, rank, seed=10 * index + 1),
+                        0.5 + index,
+                        span,
+                    )
+                    for span in spans
+                ]
+            )
+        return made
+
+    def expected(self, adapters, strengths, places, rows, x, out):
+        y = torch.zeros(*x.shape[:-1], out)
+        for factors, strength, place in zip(adapters, strengths, places, strict=True):
+            share = torch.ones(1, x.shape[1]) if place is None else rows[place]
+            for one in factors:
+                part = strength * one.scale * share[..., None] * (x @ one.down.t() @ one.up.t())
+                first, n = one.rows or (0, out)
+                y[..., first : first + n] += part
+        return y
+
+    @pytest.mark.parametrize("worth", [0.0, 100.0], ids=["together", "apart"])
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("hard", [False, True])
+    @pytest.mark.parametrize("k, ranks", [(2, [4]), (3, [2, 5, 1]), (6, [3, 4])])
+    def test_is_the_sum_of_each_times_its_share(self, monkeypatch, worth, fused, hard, k, ranks):
+        monkeypatch.setattr(Stack, "WORTH", worth)
+        adapters = self.adapters(k, ranks, rows=fused)
+        rows, x = shared(k - 1, 24, seed=k, hard=hard), random(2, 24, 10, seed=7)
+        # One adapter everywhere, two that share a place.
+        places = [None, *range(k - 1)]
+        adapters, places = [*adapters, self.adapters(1, [2], rows=fused)[0]], [*places, 0]
+        strengths = [0.7 - 0.3 * index for index in range(len(adapters))]
+        stack = Stack(adapters, CPU, torch.float32)
+        stack.set_strengths(strengths, places, Shares(rows))
+        y = stack(torch.zeros(2, 24, 12), True, x)
+        torch.testing.assert_close(y, self.expected(adapters, strengths, places, rows, x, 12), rtol=1e-4, atol=1e-4)
+
+    def test_rows_that_nobody_has_stay_as_they_are(self):
+        rows = shared(4, 40, seed=3)
+        stack = Stack(self.adapters(4, [3]), CPU, torch.float32)
+        stack.set_strengths([1.0] * 4, range(4), Shares(rows))
+        base, x = random(2, 40, 12, seed=9), random(2, 40, 10, seed=8)
+        y = stack(base.clone(), True, x)
+        nobody = rows.sum((0, 1)) == 0
+        assert nobody.any()
+        assert torch.equal(y[:, nobody], base[:, nobody])
+        assert not torch.equal(y, base)
+
+    def test_work_does_not_grow_with_the_number_of_disjoint_places(self):
+        """Multiplications in the low-rank products, by torch's own counter."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        def work(k):
+            rows = torch.nn.functional.one_hot(torch.arange(64) * k // 64, k).t().float()[:, None]
+            stack = Stack(self.adapters(k, [4]), CPU, torch.float32)
+            stack.set_strengths([1.0] * k, range(k), Shares(rows))
+            with FlopCounterMode(display=False) as counter:
+                stack(torch.zeros(1, 64, 12), True, random(1, 64, 10))
+            return counter.get_total_flops()
+
+        assert work(4) == work(8) == work(16) == 2 * 64 * 4 * (10 + 12)
+
+    def test_a_convolution_is_masked_at_its_output(self):
+        convolution = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
+        down, up = random(3, 5, 3, 3), random(6, 3, seed=1)
+        rows = shared(1, 16, seed=2, hard=False)
+        stack = Stack([[Factors(down, up)]], CPU, torch.float32, convolution)
+        x = random(2, 5, 8, 8, seed=3)
+        plain = stack(torch.zeros(2, 6, 4, 4), True, x)
+        stack.set_strengths([1.0], [0], Shares(rows))
+        torch.testing.assert_close(stack(torch.zeros(2, 6, 4, 4), True, x), plain * rows.view(1, 1, 4, 4))
+
+
+class TestBlend:
+    """Texts read in their places, against a softmax for each of them over the whole picture."""
+
+    def attend(self, q, k, v):
+        return torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1) @ v
+
+    def texts(self, lengths, batch=2, channels=8):
+        keys = [random(batch, n, channels, seed=20 + index) * 2 for index, n in enumerate(lengths)]
+        return keys, [random(batch, n, channels, seed=50 + index) for index, n in enumerate(lengths)]
+
+    def expected(self, q, keys, values, rows):
+        return sum(row[..., None] * self.attend(q, k, v) for row, k, v in zip(rows, keys, values, strict=True))
+
+    @pytest.mark.parametrize("hard", [True, False])
+    @pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 7, 5, 3], [4] * 8])
+    def test_is_the_weighted_sum_of_their_own_softmaxes(self, hard, lengths):
+        q, (keys, values) = random(2, 30, 8, seed=1), self.texts(lengths)
+        rows = shared(len(lengths), 30, seed=len(lengths), hard=hard)
+        out = blend(self.attend, q, keys, values, Shares(rows))
+        torch.testing.assert_close(out, self.expected(q, keys, values, rows), rtol=1e-5, atol=1e-5)
+
+    def test_one_softmax_with_a_bias_is_right_for_hard_shares(self):
+        """Block-masked concatenation: the other way to compute it."""
+        q, (keys, values) = random(2, 30, 8, seed=1), self.texts([5, 7, 4])
+        rows = torch.nn.functional.one_hot(torch.arange(30) % 3, 3).t().float()[:, None]
+        bias = torch.cat([row.log()[..., None].expand(-1, -1, k.shape[1]) for row, k in zip(rows, keys, strict=True)], 2)
+        k, v = torch.cat(keys, 1), torch.cat(values, 1)
+        concatenated = torch.softmax(q @ k.transpose(1, 2) / 8**0.5 + bias, -1) @ v
+        torch.testing.assert_close(blend(self.attend, q, keys, values, Shares(rows)), concatenated, rtol=1e-5, atol=1e-5)
+
+    def test_for_soft_shares_a_bias_of_their_logarithm_is_wrong_and_the_corrected_one_right(self):
+        q, (keys, values) = random(2, 30, 8, seed=1), self.texts([5, 7, 4])
+        rows = torch.softmax(random(3, 1, 30, seed=6), 0)
+        logits = [q @ k.transpose(1, 2) / 8**0.5 for k in keys]
+        v = torch.cat(values, 1)
+
+        def one_softmax(corrected):
+            biased = [
+                logit + row.log()[..., None] - (torch.logsumexp(logit, -1, keepdim=True) if corrected else 0.0)
+                for logit, row in zip(logits, rows, strict=True)
+            ]
+            return torch.softmax(torch.cat(biased, 2), -1) @ v
+
+        out = blend(self.attend, q, keys, values, Shares(rows))
+        torch.testing.assert_close(one_softmax(True), out, rtol=1e-5, atol=1e-5)
+        assert (one_softmax(False) - out).abs().mean() > 0.05 * out.abs().mean()
