@@ -38,12 +38,14 @@ def _uniform(n, device):
 
 
 def unet_loss(module, latent, context, pooled, alphas):
-    """Noise prediction; weighted so that middle levels count as errors of the picture (weight sigma^2, clamped)."""
+    """Noise prediction; weighted so that errors of the picture count at all levels but the noisiest (weight sigma^2, clamped at the noise of
+    sigma 7, where places and sizes are settled).
+    """
     step = (_uniform(len(latent), latent.device) * 999.999).long()
     alpha = alphas[step][:, None, None, None]
     noise = torch.randn_like(latent)
     drawn = module(alpha.sqrt() * latent + (1 - alpha).sqrt() * noise, step, context=context).float()
-    weight = ((1 - alpha) / alpha).clamp(0.15, 10.0)
+    weight = ((1 - alpha) / alpha).clamp(0.15, 50.0)
     return (weight * (drawn - noise) ** 2).mean()
 
 
