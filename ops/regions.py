@@ -95,7 +95,7 @@ class Document:
 def parse(text: str | Mapping[str, Any]) -> Document:
     """A document from its JSON. Raises DocumentError."""
     data = _read(text) if isinstance(text, str) else text
-    top = _Fields(data, "the regions", ("version", "overlap", "regions"))
+    top = _Fields(data, "the document", ("version", "overlap", "regions"))
     version = top.number("version", VERSION, whole=True)
     if version > VERSION:
         raise DocumentError(
@@ -153,7 +153,7 @@ class _Fields:
         unknown = [key for key in data if key not in known]
         if unknown:
             raise DocumentError(f"{where} has an unknown field '{unknown[0]}'. Known: {', '.join(known)}.")
-        self.data, self.prefix = data, "" if where == "the regions" else f"{where}."
+        self.data, self.prefix = data, "" if where == "the document" else f"{where}."
 
     def _wrong(self, key: str, must: str) -> DocumentError:
         return DocumentError(f"{self.prefix}{key} is {_kind(self.data[key])}. It must be {must}.")

@@ -7,6 +7,7 @@ import { speak } from "./canvas/strings.mjs";
 
 const WIDGET_TYPE = "CONCEPT_CANVAS";
 const NODE = "ConceptNodes_Canvas";
+const WIDGET = "canvas";
 const BACKGROUND_INPUT = "background";
 const BACKGROUND_OUTPUT = "concept_background";
 const CHOICE = "concept_background"; // the node property that keeps which background is shown
@@ -112,6 +113,7 @@ function addPanel(node, name) {
     getMinHeight: () => MIN_HEIGHT_PX,
     hideOnZoom: false,
   });
+  widget.showReport = (report) => panel.setReport(report);
   panels.set(node, backgrounds);
   const onRemove = widget.onRemove;
   widget.onRemove = function () {
@@ -137,6 +139,10 @@ app.registerExtension({
     } catch (error) {
       console.warn("ConceptNodes: no translations, the canvas speaks English.", error);
     }
+  },
+  beforeRegisterNodeDef(_, definition) {
+    // The frontend would show it beside the panel for as long as the pointer is over it.
+    if (definition.name === NODE) delete definition.input.required[WIDGET][1].tooltip;
   },
   getCustomWidgets() {
     return { [WIDGET_TYPE]: (node, name) => ({ widget: addPanel(node, name).widget }) };

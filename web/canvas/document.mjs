@@ -31,7 +31,7 @@ export function newRegion(given) {
 
 /** @param {string} text JSON @returns {{overlap: string, regions: object[]}} @throws {DocumentError} */
 export function parse(text) {
-  const top = new Fields(readJson(text), "the regions", ["version", "overlap", "regions"]);
+  const top = new Fields(readJson(text), "the document", ["version", "overlap", "regions"]);
   const version = top.number("version", VERSION, -Infinity, Infinity, true);
   if (version > VERSION) {
     throw new DocumentError(
@@ -91,7 +91,7 @@ class Fields {
     const unknown = Object.keys(data).find((key) => !known.includes(key));
     if (unknown !== undefined) throw new DocumentError(`${where} has an unknown field '${unknown}'. Known: ${known.join(", ")}.`);
     this.data = data;
-    this.prefix = where === "the regions" ? "" : `${where}.`;
+    this.prefix = where === "the document" ? "" : `${where}.`;
   }
 
   has(key) {

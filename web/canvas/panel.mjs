@@ -28,6 +28,7 @@ export class Panel {
     this.canvas = make("canvas", { aria: { role: "img" } });
     this.keys = make("textarea", { className: "concept-canvas-keys", aria: { label: say("keysTitle") } });
     this.hint = make("div", { className: "concept-canvas-hint", aria: { role: "status" } });
+    this.report = make("div", { className: "concept-canvas-report", hidden: true, aria: { role: "status" } });
     this.stageBox = make("div", { className: "concept-canvas-stage" }, this.keys, this.canvas);
     this.stage = new Stage(this.canvas, this.editor, this.view);
     this.side = new Side(this.editor, { listFiles: host.listFiles, back: () => this.focus(), tell: (key, text) => this.tell(key, text) });
@@ -44,7 +45,7 @@ export class Panel {
       "div",
       { className: "concept-canvas" },
       make("style", { textContent: STYLE }),
-      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, this.hint),
+      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, this.hint, this.report),
       this.side.element,
       this.sheet,
     );
@@ -291,6 +292,12 @@ export class Panel {
     this.hint.setAttribute("data-loud", "");
     clearTimeout(this.telling);
     this.telling = setTimeout(() => this.showHint(), TOLD_MS);
+  }
+
+  /** What the node's last run told. */
+  setReport(text) {
+    this.report.textContent = text;
+    this.report.hidden = !text;
   }
 
   choose(name) {

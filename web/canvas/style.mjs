@@ -1,7 +1,7 @@
 // The panel's looks, in the frontend's own colours. The sheet lies inside the panel and names its classes only.
 
 export const STYLE = `
-.concept-canvas { display: flex; gap: 6px; width: 100%; height: 100%; min-height: 0; box-sizing: border-box; padding: 2px; position: relative;
+.concept-canvas { display: flex; gap: 6px; width: 100%; height: 100%; box-sizing: border-box; padding: 2px; position: relative; min-height: 320px;
   font: 12px/1.35 sans-serif; color: var(--input-text, #ddd); contain: size; }
 .concept-canvas * { box-sizing: border-box; }
 .concept-canvas-left { flex: 1 1 0; min-width: 0; display: flex; flex-direction: column; gap: 4px; }
@@ -19,6 +19,8 @@ export const STYLE = `
 .concept-canvas-stage:has(:focus) { outline: 1.5px solid var(--p-primary-color, #6aa3ff); outline-offset: -1.5px; }
 .concept-canvas-hint { min-height: 16px; opacity: 0.75; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .concept-canvas-hint[data-loud] { opacity: 1; color: var(--error-text, #ff8a80); }
+.concept-canvas-report { flex: 0 0 auto; max-height: 64px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
+  padding: 4px 6px; border-radius: 5px; background: var(--comfy-input-bg, #222); opacity: 0.85; }
 .concept-canvas-side { flex: 0 0 42%; max-width: 260px; min-width: 150px; display: flex; flex-direction: column; gap: 4px; overflow-y: auto; overflow-x: hidden; }
 .concept-canvas-list { display: flex; flex-direction: column; gap: 2px; flex: 0 0 auto; max-height: 40%; overflow-y: auto; }
 .concept-canvas-row { display: flex; gap: 3px; align-items: center; padding: 2px 3px; border-radius: 5px; border: 1px solid transparent; cursor: pointer; }
