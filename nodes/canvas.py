@@ -80,7 +80,8 @@ class Canvas(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, canvas=""):
+    def validate_inputs(cls, canvas="", masks=None):
+        # The host hands growing inputs over in any case.
         try:
             document = parse(canvas or "")
         except DocumentError as error:

@@ -207,7 +207,7 @@ def _kind(value: Any) -> str:
         return "an object"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "a list"
-    return json.dumps(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
 
 def _region(data: Any, where: str, index: int) -> Region:

@@ -102,7 +102,7 @@ export class Editor {
   /** One more region on top of the others (the rest: below them), selected. Null where there are as many as there can be. */
   add(given = {}) {
     if (this.full) return null;
-    const name = freeName(given.name ?? `region ${this.regions.length + 1}`, this.regions);
+    const name = freeName(given.name ?? `region ${this.regions.filter((region) => !region.rest).length + 1}`, this.regions);
     const region = newRegion({ colour: this.freeColour(), ...given, name });
     const regions = region.rest ? [...this.regions, region] : [region, ...this.regions];
     this.commit({ ...this.document, regions }, { selected: regions.indexOf(region) });
