@@ -120,8 +120,16 @@ function addPanel(node, name) {
     onRemove?.apply(this, arguments);
     panels.delete(node);
     panel.destroy();
+    requestAnimationFrame(() => replaceLeftOver(node, panel));
   };
   return { widget, panel };
+}
+
+/** Where a graph is loaded over another at once, Nodes 2.0 goes on showing the removed node's element for the new node of its number. */
+function replaceLeftOver(node, panel) {
+  if (!panel.element.isConnected) return;
+  const [, heir] = [...panels].find(([other]) => String(other.id) === String(node.id)) ?? [];
+  if (heir && !heir.panel.element.isConnected) panel.element.replaceWith(heir.panel.element);
 }
 
 app.registerExtension({

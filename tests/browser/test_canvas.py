@@ -26,7 +26,7 @@ class Painter:
             const { rootGraph, canvas } = window.app;
             rootGraph.clear();
             const node = LiteGraph.createNode(type);
-            node.pos = [60, 60];
+            node.pos = [60, 160];
             rootGraph.add(node);
             for (const [name, value] of [["width", width], ["height", height]]) {
                 const widget = node.widgets.find(widget => widget.name === name);
@@ -344,6 +344,22 @@ class TestKeys:
         assert painter.names() == ["cat"]
         assert painter.document["regions"][0]["shapes"] == shape
 
+    def test_the_graphs_own_undo_leaves_a_panel_that_works(self, painter):
+        painter.press("b")
+        painter.drag((0.1, 0.1), (0.4, 0.4))
+        painter.page.wait_for_timeout(300)
+        painter.drag((0.5, 0.5), (0.8, 0.8))
+        painter.page.wait_for_timeout(300)
+        painter.frontend.click_title(NODE)
+        painter.press("Control+z")
+        painter.page.wait_for_timeout(1000)
+        assert painter.page.locator(".concept-canvas").count() == 1
+        before = painter.names()
+        painter.click(0.99, 0.99)
+        painter.drag((0.1, 0.6), (0.3, 0.9))
+        assert len(painter.names()) == len(before) + 1
+        assert painter.page.locator(".concept-canvas-row").count() == len(before) + 1
+
     def test_typing_in_a_field_is_typing(self, painter):
         painter.press("n")
         painter.field("prompt").click()
@@ -365,7 +381,7 @@ class TestKeeping:
         painter.press("n", "d")
         painter.drag((0.6, 0.3), (0.8, 0.8), steps=20)
         painter.field("prompt").fill('a "quoted" cat\nin two lines')
-        painter.press("r")
+        painter.press("Escape", "r")
         yield painter
 
     def test_saved_and_opened_again(self, drawn):

@@ -83,11 +83,14 @@ export class Editor {
     this.commit({ ...this.document, regions }, { topic: topic && `${topic} ${index}` });
   }
 
+  canBeNamed(index, name) {
+    return name.trim() !== "" && !this.regions.some((region, at) => at !== index && region.name === name.trim());
+  }
+
   /** Another name, if it is one that no other region has; whether it was taken. */
   rename(index, name) {
-    name = name.trim();
-    if (!name || this.regions.some((region, at) => at !== index && region.name === name)) return false;
-    if (name !== this.regions[index].name) this.update(index, { name }, "name");
+    if (!this.regions[index] || !this.canBeNamed(index, name)) return false;
+    if (name.trim() !== this.regions[index].name) this.update(index, { name: name.trim() });
     return true;
   }
 

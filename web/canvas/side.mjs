@@ -134,11 +134,10 @@ export class Side {
         dataset: { field: "name" },
         on: {
           focus: () => editor.select(index),
-          input: ({ target }) => this.rename(index, target),
-          blur: ({ target }) => {
-            target.removeAttribute("data-wrong");
-            fill(target, editor.regions[index]?.name ?? "");
-          },
+          // Taken over when it is finished: on the way to "region 12" lies "region 1".
+          input: ({ target }) => target.toggleAttribute("data-wrong", !editor.canBeNamed(index, target.value)),
+          change: ({ target }) => this.rename(index, target),
+          keydown: ({ key, target }) => key === "Enter" && this.rename(index, target),
         },
       }),
       toggle("visible"),
@@ -163,9 +162,10 @@ export class Side {
   }
 
   rename(index, field) {
-    const taken = this.editor.rename(index, field.value);
-    field.toggleAttribute("data-wrong", !taken);
-    if (!taken) this.tell(field.value.trim() ? "nameTaken" : "nameEmpty");
+    const name = field.value.trim();
+    if (!this.editor.rename(index, name)) this.tell(name ? "nameTaken" : "nameEmpty");
+    field.removeAttribute("data-wrong");
+    fill(field, this.editor.regions[index]?.name ?? "");
   }
 
   /** Put the caret into the selected region's name. */
