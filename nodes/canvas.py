@@ -44,7 +44,15 @@ class Canvas(io.ComfyNode):
                 "Draw named regions on the node itself: boxes, ellipses, polygons, brush strokes. Give each a prompt and LoRA files, and "
                 "connect it to Apply Regions. All of it lies in the workflow as JSON."
             ),
-            search_aliases=["regional prompt", "region painter", "mask painter", "mask editor", "area prompt", "layout", "attention couple"],
+            search_aliases=[
+                "regional prompt",
+                "region painter",
+                "mask painter",
+                "mask editor",
+                "area prompt",
+                "layout",
+                "attention couple",
+            ],
             inputs=[
                 io.String.Input(
                     "canvas",
@@ -72,7 +80,9 @@ class Canvas(io.ComfyNode):
             ],
             outputs=[
                 io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions, for Apply Regions."),
-                io.Mask.Output("masks", display_name="masks", tooltip="One mask for each region in order; an empty one where there is none."),
+                io.Mask.Output(
+                    "masks", display_name="masks", tooltip="One mask for each region in order; an empty one where there is none."
+                ),
                 io.Image.Output("preview", display_name="preview", tooltip="The regions in their colours, over the background."),
                 io.String.Output("report", display_name="report", tooltip="What each region covers, reads and loads."),
             ],

@@ -512,7 +512,9 @@ def test_a_large_document_is_drawn_on_without_a_pause(painter):
     text = large_document()
     assert len(text) <= LARGE["bytes"]
     page = painter.page
-    page.evaluate("([type, text]) => { window.app.rootGraph.nodes.find(node => node.type === type).widgets[0].value = text; }", [NODE, text])
+    page.evaluate(
+        "([type, text]) => { window.app.rootGraph.nodes.find(node => node.type === type).widgets[0].value = text; }", [NODE, text]
+    )
     painter.frontend.settle()
     painter.click(0.98, 0.98)
     painter.press("PageDown", "d")

@@ -106,7 +106,10 @@ def test_background_is_sent_to_the_panel_once():
     [
         ('{"regions": [{"name": "a", "weight": 2}]}', r"regions\[0\].weight is 2"),
         ("{", "no JSON"),
-        ('{"regions": [{"loras": [{"file": "concept_lab/bakground.safetensors"}]}]}', "There is no file 'concept_lab/bakground.safetensors'"),
+        (
+            '{"regions": [{"loras": [{"file": "concept_lab/bakground.safetensors"}]}]}',
+            "There is no file 'concept_lab/bakground.safetensors'",
+        ),
     ],
 )
 def test_faults_are_told_before_the_run(text, told):

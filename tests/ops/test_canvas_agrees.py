@@ -104,8 +104,26 @@ def test_what_the_panel_writes_is_what_was_read(node):  # noqa: F811
 
 FIELD = re.compile(" is | are | must | has | holds ")  # what comes before one of these names the field
 WRONG = [None, True, -1, 0, 0.5, 3, 1e9, -1e400, 10**30, "", " ", "x", "#12", "#zzzzzz", [], [1], [1, 2, 3], {}, {"a": 1}, [[[]]], "é" * 9]
-KEYS = "version overlap regions name colour shapes rest prompt negative loras weight feather visible locked box ellipse polygon".split()
-KEYS += "stroke radius erase file model clip start end extra __proto__ constructor".split()
+KEYS = [
+    "version",
+    "overlap",
+    "regions",
+    "name",
+    "colour",
+    "shapes",
+    "rest",
+    "prompt",
+    "negative",
+    "loras",
+    "weight",
+    "feather",
+    "visible",
+    "locked",
+    "box",
+    "ellipse",
+    "polygon",
+]
+KEYS += ["stroke", "radius", "erase", "file", "model", "clip", "start", "end", "extra", "__proto__", "constructor"]
 
 
 def spoilt(rng: random.Random, value, depth=0):
