@@ -14,6 +14,7 @@ const CHOICE = "concept_background"; // the node property that keeps which backg
 const MIN_HEIGHT_PX = 340;
 const FIRST_SIZE = [720, 700];
 const DEFAULT_SIDE = 512;
+const SETTLED_MS = 250; // after the last change of many, as in typing
 
 const panels = new Map(); // node -> what shows its background
 let lastPicture = null;
@@ -89,12 +90,20 @@ async function listLoras() {
   return (await response.json()).map((file) => file.replaceAll("\\", "/"));
 }
 
+/** Let the frontend see what has changed: it keeps drafts and its own undo by what it is told. */
+function noteChange() {
+  app.canvas.emitBeforeChange();
+  app.canvas.emitAfterChange();
+}
+
 function addPanel(node, name) {
   const backgrounds = new Backgrounds(node);
+  let noting = 0;
   const panel = new Panel({
     changed: (text) => {
       widget?.callback?.(text);
-      node.graph?.setDirtyCanvas?.(true, true);
+      clearTimeout(noting);
+      noting = setTimeout(noteChange, SETTLED_MS);
     },
     pictureSize: () => pictureSize(node, backgrounds.image),
     listFiles: listLoras,
@@ -118,6 +127,7 @@ function addPanel(node, name) {
   const onRemove = widget.onRemove;
   widget.onRemove = function () {
     onRemove?.apply(this, arguments);
+    clearTimeout(noting);
     panels.delete(node);
     panel.destroy();
     requestAnimationFrame(() => replaceLeftOver(node, panel));

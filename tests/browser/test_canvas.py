@@ -347,14 +347,15 @@ class TestKeys:
     def test_the_graphs_own_undo_leaves_a_panel_that_works(self, painter):
         painter.press("b")
         painter.drag((0.1, 0.1), (0.4, 0.4))
-        painter.page.wait_for_timeout(300)
+        painter.page.wait_for_timeout(600)
         painter.drag((0.5, 0.5), (0.8, 0.8))
-        painter.page.wait_for_timeout(300)
+        painter.page.wait_for_timeout(600)
         painter.frontend.click_title(NODE)
         painter.press("Control+z")
         painter.page.wait_for_timeout(1000)
         assert painter.page.locator(".concept-canvas").count() == 1
         before = painter.names()
+        assert before == ["region 1"]
         painter.click(0.99, 0.99)
         painter.drag((0.1, 0.6), (0.3, 0.9))
         assert len(painter.names()) == len(before) + 1
