@@ -114,6 +114,7 @@ EFFECTS = {
 
 # Nodes that put nothing on a model, and why the laws about sampling have nothing to hold for them.
 PLUMBING = {
+    "ConceptNodes_Canvas": "makes a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",

@@ -1,0 +1,95 @@
+// What the panel says. locales/<language>/main.json may hold other words under "conceptCanvas"; what it lacks stays English.
+
+export const ENGLISH = {
+  select: "Select and move (V)",
+  box: "Box (B)",
+  ellipse: "Ellipse (E)",
+  polygon: "Polygon or lasso (P)",
+  brush: "Brush (D)",
+  eraser: "Eraser (X)",
+  undo: "Undo (Ctrl+Z)",
+  redo: "Redo (Ctrl+Y)",
+  radius: "Brush size ([ and ])",
+  adding: "Add to the selected region (A)",
+  fit: "Fit the picture (0)",
+  help: "Keys (?)",
+  json: "Edit as text (J)",
+  background: "Background",
+  backgroundAuto: "Over the connected image",
+  backgroundLast: "Over the last picture",
+  backgroundNone: "Over nothing",
+  regions: "Regions, the first on top",
+  new: "New region (N)",
+  rest: "The rest (R)",
+  duplicate: "Duplicate (Ctrl+D)",
+  remove: "Delete (Del)",
+  up: "Up (Alt+↑)",
+  down: "Down (Alt+↓)",
+  name: "Name",
+  nameTaken: "Another region has this name.",
+  nameEmpty: "A region needs a name.",
+  colour: "Colour",
+  visible: "Visible (H)",
+  locked: "Locked (L)",
+  prompt: "Prompt: what is wanted here",
+  negative: "Negative: what is not wanted here",
+  loras: "LoRA files",
+  findLora: "Find a LoRA…",
+  noLora: "No LoRA of that name.",
+  missingLora: "Not on this server",
+  strengthModel: "Strength on the model",
+  strengthClip: "Strength on the region's prompt",
+  removeLora: "Take the LoRA off",
+  weight: "Weight",
+  feather: "Soft edge",
+  overlap: "Where regions overlap",
+  normalize: "share the place",
+  priority: "first has it",
+  max: "strongest has it",
+  nothingYet: "Choose a tool and drag on the canvas: each shape becomes a region.",
+  hintSelect: "Click a region to choose it, drag to move it, drag a handle to size it.",
+  hintNew: "Drag to draw a new region.",
+  hintAdd: "Drag to add to “{name}”.",
+  hintPolygon: "Click corner after corner and close with a double click, or drag a lasso.",
+  hintBrush: "Paint on “{name}”. N begins a new region.",
+  hintBrushNew: "Paint a new region.",
+  hintEraser: "Take away from “{name}”.",
+  nothingToErase: "Choose a region that is not locked, then erase.",
+  full: "There are 64 regions, which is the most. Remove some first.",
+  broken: "These regions cannot be read",
+  brokenHelp: "Nothing is lost: the text stays in the workflow as it is. Mend it here, or begin anew.",
+  apply: "Apply",
+  close: "Close",
+  anew: "Begin anew",
+  keysTitle: "Keys",
+  keys: [
+    ["V B E P D X", "select, box, ellipse, polygon or lasso, brush, eraser"],
+    ["Shift", "while dragging: a square or a circle"],
+    ["A, or Ctrl", "add the next shape to the selected region"],
+    ["[ ]", "smaller and larger brush"],
+    ["N R", "a new region, the rest of the canvas"],
+    ["Enter", "name the region; Esc leaves the field"],
+    ["Page ↑ ↓", "select another region"],
+    ["Alt+↑ ↓", "move the region up or down in the list"],
+    ["↑ ↓ ← →", "move its shapes; Shift: farther"],
+    ["H L", "hide, lock"],
+    ["Del", "delete the region"],
+    ["Ctrl+Z, Ctrl+Y", "undo, redo"],
+    ["Ctrl+C, X, V, D", "copy, cut, paste, duplicate regions, also into other canvases"],
+    ["+ - 0", "zoom in, out, fit; the wheel zooms, Space and drag moves"],
+    ["Esc", "give up what is being drawn"],
+  ],
+};
+
+let words = ENGLISH;
+
+/** Take over words of another language. */
+export function speak(translated) {
+  words = { ...ENGLISH, ...translated };
+}
+
+/** The words for a key, with {names} filled in. */
+export function say(key, values = {}) {
+  const text = words[key];
+  return typeof text === "string" ? text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "") : text;
+}
