@@ -35,7 +35,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from ..ops.shares import Shares
 from .cross import CrossAct, Kept, SelfAct
 from .families import family_of
-from .joint import Joint
+from .joint import Joint, MaskUnfit
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
 from .sites import JOINT, patch_level, sites
@@ -369,9 +369,12 @@ class Run:
         """A call's keyword arguments, with the prompt that is read instead of its own."""
         if self.joint is None or "c_crossattn" not in arguments:
             return arguments
-        if arguments.get("attention_mask") is not None:
-            self.notes["A condition's own attention mask was replaced by the regions' one."] = None
-        return arguments | self.joint.arguments(arguments["c_crossattn"], references)
+        context = arguments["c_crossattn"]
+        try:
+            return arguments | self.joint.arguments(context, references, arguments.get("attention_mask"))
+        except MaskUnfit as unfit:
+            self.notes[f"A condition's own attention mask was left out: it {unfit}."] = None
+            return arguments | self.joint.arguments(context, references)
 
     def leave(self) -> None:
         """After a call: what was told for the call around it holds again."""
