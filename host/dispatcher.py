@@ -35,11 +35,12 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from ..ops.shares import Shares
 from .cross import CrossAct, Kept, SelfAct
 from .families import family_of
-from .joint import Joint
+from .joint import Joint, MaskUnfit
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
-from .sites import JOINT, sites
+from .sites import JOINT, patch_level, sites
 from .spread import Crop, Kind, Spread
+from .words import Words
 
 log = logging.getLogger("concept_nodes")
 
@@ -97,13 +98,13 @@ class Effect:
 
     `added` is how many model evaluations it adds to each call that it acts in. `place` is where on the picture it acts, None for
     everywhere; `text` says which of the prompt's rows get it then, in models that read prompt and picture as one sequence: those
-    that its place reads ("own"), "none", or "all". `apart` are places that the picture's attention to itself keeps apart: the strength is
-    taken from the logits between positions of different ones.
+    that its place reads ("own"), "none", "all", or `Words` of the common prompt. `apart` are places that the picture's attention to itself
+    keeps apart: the strength is taken from the logits between positions of different ones.
     """
 
     added = 0
     place: Place | None = None
-    text = "own"
+    text: str | Words = "own"
     apart: tuple[Place, ...] = ()
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
@@ -247,7 +248,7 @@ class Gate(Overlay):
             return self.inner(x, t, *args, **kwargs)
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        references = _reference_tokens(kwargs.get("ref_latents", ()))
+        references = _reference_tokens(self.owner, kwargs.get("ref_latents"))
         call = Call(self.owner, x, t, options, kwargs.get("c_crossattn", args[1] if len(args) > 1 else None), references)
         owner = call.owner
         run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
@@ -368,9 +369,12 @@ class Run:
         """A call's keyword arguments, with the prompt that is read instead of its own."""
         if self.joint is None or "c_crossattn" not in arguments:
             return arguments
-        if arguments.get("attention_mask") is not None:
-            self.notes["A condition's own attention mask was replaced by the regions' one."] = None
-        return arguments | self.joint.arguments(arguments["c_crossattn"], references)
+        context = arguments["c_crossattn"]
+        try:
+            return arguments | self.joint.arguments(context, references, arguments.get("attention_mask"))
+        except MaskUnfit as unfit:
+            self.notes[f"A condition's own attention mask was left out: it {unfit}."] = None
+            return arguments | self.joint.arguments(context, references)
 
     def leave(self) -> None:
         """After a call: what was told for the call around it holds again."""
@@ -458,12 +462,13 @@ class Run:
         if key not in self._spreads:
             spread = Spread(kind, placed, call.x.device)
             if self.reads_jointly:
-                few = spread.tokens(1) ** 2 * len(kind.crops) <= self.MOST_PAIRS
-                biases = [-strength * spread.apart(1, self.effects[index].apart) for index, strength in apart if few]
+                level = patch_level(call.model)
+                few = spread.tokens(level) ** 2 * len(kind.crops) <= self.MOST_PAIRS
+                biases = [-strength * spread.apart(level, self.effects[index].apart) for index, strength in apart if few]
                 if apart and not few:
-                    self._note_too_many(spread.tokens(1))
+                    self._note_too_many(spread.tokens(level))
                 own = any(self.effects[index].text == "own" and self.effects[index].parts for index in placed)
-                spread.joint = spread.read_jointly(own, sum(biases) if biases else None)
+                spread.joint = spread.read_jointly(own, sum(biases) if biases else None, level)
             else:
                 spread.read_apart()
             while len(self._spreads) >= self.SPREADS:
@@ -538,9 +543,12 @@ class Run:
         ]
 
 
-def _reference_tokens(latents) -> int:
+def _reference_tokens(model, latents) -> int:
     """Tokens that reference pictures take behind the picture's own."""
-    return sum(-(-latent.shape[-2] // 2) * -(-latent.shape[-1] // 2) for latent in latents or ())
+    if not latents:
+        return 0
+    side = 2 ** patch_level(model)
+    return sum(-(-latent.shape[-2] // side) * -(-latent.shape[-1] // side) for latent in latents)
 
 
 def _wrapped(options: Mapping[str, Any], kind: str) -> bool:

@@ -19,7 +19,7 @@ class Family(NamedTuple):
     file_pattern   what only LoRA files of this family have in their keys
     renamed        prefixes of published files that the host does not know -> the host's
     rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
-    patch_level    how often the latent is halved into the picture's tokens, where the model has no levels of its own
+    tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -30,7 +30,7 @@ class Family(NamedTuple):
     file_pattern: str
     renamed: dict[str, str]
     rows: dict[str, str]
-    patch_level: int
+    tokenizers: tuple[str, ...]
     slider_start: float
 
 
@@ -58,7 +58,7 @@ FAMILIES = (
         file_pattern=r"up_blocks[_.]3[_.]attentions",
         renamed={},
         rows=UNET_ROWS,
-        patch_level=0,
+        tokenizers=("l",),
         slider_start=0.2,
     ),
     Family(
@@ -69,7 +69,7 @@ FAMILIES = (
         file_pattern=r"(attentions|input_blocks|output_blocks|middle_block)[_.].*transformer_blocks[_.][1-9]",
         renamed={},
         rows=UNET_ROWS,
-        patch_level=0,
+        tokenizers=("l", "g"),
         slider_start=0.25,
     ),
     Family(
@@ -80,7 +80,7 @@ FAMILIES = (
         file_pattern=r"(double_blocks|single_blocks|single_transformer_blocks)[_.]",
         renamed={"lora_unet_": "lora_transformer_"},
         rows=FLUX_ROWS,
-        patch_level=1,
+        tokenizers=("t5xxl", "l"),
         slider_start=0.05,
     ),
 )

@@ -12,9 +12,10 @@ from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
 from . import adapters, files
 from .dispatcher import Call, Effect, attach
-from .families import family_of
+from .families import Family, family_of
 from .places import Place, group
 from .window import EVERYWHERE, Window
+from .words import Words, find, length_of
 
 
 class RegionsError(ValueError):
@@ -114,10 +115,17 @@ class Drawing:
 
 
 def apply(
-    patcher, regions: Regions, clip=None, text: str = "own", isolation: float = 0.0, isolation_end: float = 1.0
+    patcher,
+    regions: Regions,
+    clip=None,
+    text: str = "own",
+    isolation: float = 0.0,
+    isolation_end: float = 1.0,
+    prompt: str = "",
+    rows: int | None = None,
 ) -> tuple[Any, list[str]]:
-    """A clone of MODEL `patcher` with the regions on it, and report lines. Raises RegionsError, AdapterError, DocumentError and
-    MissingFile.
+    """A clone of MODEL `patcher` with the regions on it, and report lines. `prompt` is the common one as text, for the words that a LoRA
+    acts on where `text` is "span", and `rows` how many its context has. Raises RegionsError, AdapterError, DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
@@ -132,8 +140,12 @@ def apply(
             lines.append(f"'{region.name}': nothing done, it covers no part of the picture.")
             continue
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
-        place = Place(drawing.of(index), _texts(region, clip, loras))
-        told = []
+        acting = any(lora.model != 0 and lora.start != lora.end for lora in loras)
+        named = text == "span" and acting
+        policy = _span(region, clip, family, prompt, rows) if named else text
+        # What tells words of the common prompt is no text of its own to be read beside it.
+        place = Place(drawing.of(index), _texts(replace(region, prompt="") if named else region, clip, loras))
+        told = [f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)})."] if named else []
         for lora in loras:
             if lora.model == 0 or lora.start == lora.end:
                 told.append(f"'{lora.label}': nothing done on the model, its strength is 0 or its window empty.")
@@ -142,7 +154,7 @@ def apply(
             effect = adapters.AdapterEffect(
                 f"'{region.name}': LoRA '{lora.label}' at {lora.model:g}", placement.parts, lora.model, lora.start, lora.end
             )
-            effect.place, effect.text = place, text
+            effect.place, effect.text = place, policy
             effects.append(effect)
             told.append(f"'{lora.label}' at {lora.model:g}. {placement.report}")
         if place.texts:
@@ -170,6 +182,38 @@ def apply(
 def _read(lora) -> Hung:
     state = adapters.read(files.resolve("loras", lora.file))
     return Hung(lora.file, state, lora.model, lora.clip, lora.start, lora.end)
+
+
+def _words_of(region: Region) -> str:
+    """What of the common prompt is the region's."""
+    return region.prompt.strip() or region.name
+
+
+def _span(region: Region, clip, family: Family, prompt: str, rows: int | None) -> Words:
+    """The region's words in the common prompt."""
+    if clip is None:
+        raise RegionsError("text is 'span', and no clip is connected to find words with. Connect the model's CLIP, or choose another text.")
+    if not prompt.strip():
+        raise RegionsError("text is 'span', and prompt is empty. Put the words of the common prompt into it, or choose another text.")
+    words, length = _words_of(region), length_of(clip, family, prompt)
+    if rows is not None and rows < length:
+        raise RegionsError(
+            f"prompt takes {length} tokens, and positive was made from {rows}. Put the words into prompt that positive was made from."
+        )
+    found = find(clip, family, prompt, words)
+    if not found:
+        raise RegionsError(
+            f"The words of region '{region.name}', '{words}', are not in prompt, which is '{prompt.strip()}'. Write them there as "
+            "they are in the region (its prompt, or its name where that is empty), or choose another text than 'span'."
+        )
+    return Words(found, rows or length)
+
+
+def _listed(rows: Sequence[int]) -> str:
+    """Numbers with runs joined: 3-5, 9."""
+    starts = [row for row in rows if row - 1 not in rows]
+    ends = [row for row in rows if row + 1 not in rows]
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
 
 
 def _with_text_part(clip, lora: Hung):

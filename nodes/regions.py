@@ -31,6 +31,7 @@ from ._shared import (
 LIMIT = 100.0
 LIMIT_ISOLATION = 10.0
 TEXTS = ("own", "none", "all")
+SPAN = "span"
 
 
 class MaskedLoRA(io.ComfyNode):
@@ -295,11 +296,13 @@ class RegionsApply(io.ComfyNode):
                 io.Custom(REGIONS).Input("regions", tooltip="The regions, from Region or a canvas."),
                 io.Combo.Input(
                     "text",
-                    options=list(TEXTS),
+                    options=[*TEXTS, SPAN],
                     default="own",
                     tooltip=(
                         "Models that read prompt and picture as one sequence (Flux): which of the prompt's rows get a region's LoRA. 'own' "
-                        "(neutral): those that the region reads; 'none': no row; 'all': every row, which leaks."
+                        "(neutral): those that the region reads; 'none': no row; 'all': every row, which leaks; 'span': its words in the "
+                        "common prompt alone, which all of the picture reads. Its words are its prompt, or its name; if they are not in "
+                        "prompt, the node stops."
                     ),
                 ),
                 io.Float.Input(
@@ -315,6 +318,13 @@ class RegionsApply(io.ComfyNode):
                 ),
                 share_input("isolation_end", 0.5, "Until when isolation holds, as a share of sampling. No effect at isolation 0."),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the regions' prompts. Neutral: not connected, if no region has one."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="The text that positive was made from; for text 'span', which finds the regions' words in it. Neutral: empty.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The model with the regions on it."),
@@ -326,11 +336,14 @@ class RegionsApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None, prompt=""
+    ) -> io.NodeOutput:
         check_numbers(isolation, 0.0, 1.0, strength_name="isolation")
         if not 0.0 <= isolation_end <= 1.0:
             raise ValueError(f"isolation_end is {isolation_end}. Set it to a share of sampling from 0 to 1.")
-        applied, lines = apply(model, regions, clip, text, isolation, isolation_end)
+        rows = positive[0][0].shape[1] if positive else None
+        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, rows)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
 
