@@ -321,8 +321,8 @@ class RegionsApply(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     default="",
-                    multiline=True,
                     optional=True,
+                    force_input=True,
                     tooltip="The text that positive was made from; for text 'span', which finds the regions' words in it. Neutral: empty.",
                 ),
             ],
