@@ -28,12 +28,12 @@ def draw(regions: Regions, masks: torch.Tensor, background: torch.Tensor | None 
     image = Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     pen = ImageDraw.Draw(image, "RGBA")
     font = ImageFont.load_default(max(9, min(height, width) // LABEL_SHARE))
-    for number, (region, mask) in reversed(list(enumerate(listed, 1))):
+    for region, mask in reversed(listed):
         rows, columns = (mask >= 0.5).any(1).nonzero(), (mask >= 0.5).any(0).nonzero()
         if not len(rows):
             continue
-        text = f"{number} {region.name}"
-        left, top, right, bottom = pen.textbbox((int(columns[0]) + 4, int(rows[0]) + 3), text, font=font)
+        at = int(columns[0]) + 4, int(rows[0]) + 3
+        left, top, right, bottom = pen.textbbox(at, region.name, font=font)
         pen.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill=(0, 0, 0, 184))
-        pen.text((int(columns[0]) + 4, int(rows[0]) + 3), text, font=font, fill="white")
+        pen.text(at, region.name, font=font, fill="white")
     return torch.from_numpy(np.asarray(image).astype(np.float32) / 255)[None]

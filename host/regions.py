@@ -194,7 +194,7 @@ def _span(region: Region, clip, family: Family, prompt: str, rows: int | None) -
     if clip is None:
         raise RegionsError("text is 'span', and no clip is connected to find words with. Connect the model's CLIP, or choose another text.")
     if not prompt.strip():
-        raise RegionsError("text is 'span', and prompt is empty. Put the words of the common prompt into it, or choose another text.")
+        raise RegionsError("text is 'span', and prompt is empty. Connect the text that positive was made from, or choose another text.")
     words, length = _words_of(region), length_of(clip, family, prompt)
     if rows is not None and rows < length:
         raise RegionsError(

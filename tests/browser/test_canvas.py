@@ -267,6 +267,8 @@ class TestRegions:
         painter.page.locator(".concept-canvas-matches > div").first.wait_for()
         painter.page.keyboard.type("unet robot")
         painter.press("Enter")
+        assert "hint" in painter.page.evaluate("() => document.activeElement.parentElement.nextSibling.className")  # the stage has the keys
+        assert painter.field("lora").input_value() == ""
         painter.field("model").fill("0.75")
         region = painter.document["regions"][0]
         assert region["name"] == "hero"

@@ -7,9 +7,10 @@ import { say } from "./strings.mjs";
 const MOST_MATCHES = 50;
 
 export class Loras {
-  /** @param {(loras: object[], topic: string | null) => void} change @param {() => Promise<string[]>} listFiles the host's own list */
-  constructor(change, listFiles) {
-    Object.assign(this, { change, listFiles });
+  /** @param {(loras: object[], topic: string | null) => void} change @param {() => Promise<string[]>} listFiles the host's own list
+   *  @param {() => void} back gives the keyboard back to the stage */
+  constructor(change, listFiles, back) {
+    Object.assign(this, { change, listFiles, back });
     this.files = null;
     this.loras = [];
     this.rows = make("div");
@@ -21,11 +22,13 @@ export class Loras {
       on: {
         focus: () => this.load(),
         input: () => this.match(),
-        blur: () => (this.matches.hidden = true),
+        blur: () => this.leave(),
         keydown: (event) => this.key(event),
       },
     });
-    this.element = make("div", {}, make("span", { className: "concept-canvas-title", textContent: say("loras") }), this.rows, this.find, this.matches);
+    this.columns = make("span", { className: "concept-canvas-title", textContent: say("loraColumns") });
+    const title = make("span", { className: "concept-canvas-title", textContent: say("loras") });
+    this.element = make("div", {}, make("div", { className: "concept-canvas-heads" }, title, this.columns), this.rows, this.find, this.matches);
   }
 
   async load() {
@@ -45,7 +48,7 @@ export class Loras {
     this.matches.replaceChildren(
       ...found.slice(0, MOST_MATCHES).map((file, index) =>
         make("div", {
-          textContent: file,
+          textContent: shown(file),
           title: file,
           aria: { role: "option", selected: index === 0 },
           on: { pointerdown: (event) => this.choose(file, event) },
@@ -67,10 +70,16 @@ export class Loras {
     this.matches.children[this.at].scrollIntoView({ block: "nearest" });
   }
 
-  choose(file, event) {
-    event.preventDefault();
+  /** What was looked for in one region is nothing to the next. */
+  leave() {
     this.find.value = "";
     this.matches.hidden = true;
+  }
+
+  choose(file, event) {
+    event.preventDefault();
+    this.leave();
+    this.back();
     if (!this.loras.some((lora) => lora.file === file)) {
       this.change([...this.loras, { file, model: 1, clip: 1, start: 0, end: 1 }], null);
     }
@@ -78,6 +87,7 @@ export class Loras {
 
   show(loras) {
     this.loras = loras;
+    this.columns.hidden = !loras.length;
     const same = this.rows.children.length === loras.length && loras.every((lora, i) => this.rows.children[i].dataset.file === lora.file);
     if (!same) this.rows.replaceChildren(...loras.map((lora, index) => this.row(lora, index)));
     loras.forEach((lora, index) => {
@@ -111,7 +121,7 @@ export class Loras {
     return make(
       "div",
       { className: "concept-canvas-lora", dataset: { file } },
-      make("span", { textContent: file }),
+      make("span", { textContent: shown(file) }),
       strength("model", "strengthModel"),
       strength("clip", "strengthClip"),
       make("button", {
@@ -123,4 +133,11 @@ export class Loras {
       }),
     );
   }
+}
+
+/** A file's own name first, then where it lies: the end of a long path is what tells files apart. */
+function shown(file) {
+  const parts = file.split("/");
+  const name = parts.pop().replace(/\.[^.]+$/, "");
+  return parts.length ? `${name} (${parts.reverse().join(" < ")})` : name;
 }

@@ -78,7 +78,7 @@ export class Side {
     this.negative = text("negative");
     this.weight = share("weight");
     this.feather = share("feather");
-    this.loras = new Loras((loras, topic) => editor.update(editor.selected, { loras }, topic), listFiles);
+    this.loras = new Loras((loras, topic) => editor.update(editor.selected, { loras }, topic), listFiles, this.back);
     return make(
       "div",
       { className: "concept-canvas-fields" },
@@ -133,7 +133,7 @@ export class Side {
         title: say("name"),
         dataset: { field: "name" },
         on: {
-          focus: () => editor.select(index),
+          focus: ({ target }) => (editor.select(index), target.select()),
           // Taken over when it is finished: on the way to "region 12" lies "region 1".
           input: ({ target }) => target.toggleAttribute("data-wrong", !editor.canBeNamed(index, target.value)),
           change: ({ target }) => this.rename(index, target),

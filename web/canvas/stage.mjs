@@ -93,8 +93,9 @@ export class Stage {
       context.setTransform(1, 0, 0, 1, 0, 0);
       context.drawImage(this.kept.above, 0, 0);
       context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    } else if (editor.region) {
-      this.outline(editor.region);
+    } else {
+      if (editor.region) this.outline(editor.region);
+      this.labels(context, -1);
     }
     this.overlay?.(context);
   }
@@ -116,9 +117,7 @@ export class Stage {
         if (index === active || (active >= 0 && index < active) !== (part === "above" && active >= 0)) continue;
         this.paint(context, editor.regions[index]);
       }
-      if (part === "below" && active >= 0) continue;
-      const taken = [];
-      editor.regions.forEach((_, index) => index !== active && this.label(context, index, taken));
+      if (part === "above") this.labels(context, active);
     }
   }
 
@@ -164,14 +163,20 @@ export class Stage {
     return canvas;
   }
 
-  /** A region's number and name, at its upper left, below those in `taken`: colours alone do not tell regions apart. */
+  /** The names of all regions but the one in hand: colours alone do not tell regions apart. */
+  labels(context, active) {
+    const taken = [];
+    this.editor.regions.forEach((_, index) => index !== active && this.label(context, index, taken));
+  }
+
+  /** A region's name, at its upper left, below those in `taken`. */
   label(context, index, taken) {
     const region = this.editor.regions[index];
     if (!region.visible) return;
     const box = bounds(region.shapes) ?? (region.rest ? [0, 0, 10_000, 10_000] : null);
     if (!box) return;
     const [left, top] = this.view.toStage(Math.max(box[0], 0), Math.max(box[1], 0));
-    const text = `${index + 1} ${region.name}${region.locked ? " 🔒" : ""}`;
+    const text = `${region.name}${region.locked ? " 🔒" : ""}`;
     context.font = "600 11px sans-serif";
     context.textBaseline = "middle";
     const width = context.measureText(text).width + 20;

@@ -34,6 +34,7 @@ export const ENGLISH = {
   prompt: "Prompt: what is wanted here",
   negative: "Negative: what is not wanted here",
   loras: "LoRA files",
+  loraColumns: "model · prompt",
   findLora: "Find a LoRA…",
   noLora: "No LoRA of that name.",
   missingLora: "Not on this server",

@@ -43,7 +43,8 @@ export const STYLE = `
 .concept-canvas-pair { display: flex; gap: 4px; }
 .concept-canvas-pair > * { flex: 1 1 0; min-width: 0; }
 .concept-canvas-lora { display: flex; gap: 3px; align-items: center; }
-.concept-canvas-lora > span { flex: 1 1 0; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; direction: rtl; text-align: left; }
+.concept-canvas-lora > span { flex: 1 1 0; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.concept-canvas-heads { display: flex; justify-content: space-between; padding-right: 32px; }
 .concept-canvas-lora[data-missing] > span { color: var(--error-text, #ff8a80); text-decoration: underline wavy; }
 .concept-canvas-lora input[type="number"] { flex: 0 0 52px; width: 52px; }
 .concept-canvas-matches { max-height: 110px; overflow-y: auto; border: 1px solid var(--border-color, #444); border-radius: 5px; }
