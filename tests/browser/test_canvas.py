@@ -154,17 +154,42 @@ def overlap(a, b) -> float:
 SIDE = (512, 512)
 
 
-def masks_of(painter, run=True) -> np.ndarray:
-    """The masks that the host makes of what is drawn, through Mask to Image and a saved picture each."""
+def masks_of(painter) -> np.ndarray:
+    """The masks that the host makes of what is drawn, and beside them a picture of the lab's UNet with the regions on it."""
     page = painter.page
     page.evaluate("""type => {
         const { rootGraph } = window.app;
         const canvas = rootGraph.nodes.find(node => node.type === type);
-        const image = LiteGraph.createNode("MaskToImage"), save = LiteGraph.createNode("SaveImage");
-        for (const node of [image, save]) { node.pos = [1400, 60 + 300 * rootGraph.nodes.length]; rootGraph.add(node); }
-        canvas.connect(1, image, 0);
-        image.connect(0, save, 0);
+        const add = (kind, values = {}) => {
+            const node = LiteGraph.createNode(kind);
+            node.pos = [1400, 300 * rootGraph.nodes.length];
+            rootGraph.add(node);
+            for (const [name, value] of Object.entries(values)) node.widgets.find(widget => widget.name === name).value = value;
+            return node;
+        };
+        const slot = (node, name) => node.inputs.findIndex(input => input.name === name);
+        const join = (from, output, to, name) => from.connect(output, to, slot(to, name));
+        const image = add("MaskToImage"), save = add("SaveImage");
+        join(canvas, 1, image, "mask");
+        join(image, 0, save, "images");
         window.savedBy = save.id;
+        const lab = add("ConceptNodes_LabLoader"), apply = add("ConceptNodes_RegionsApply");
+        const sampler = add("KSampler", { steps: 4, cfg: 4 });
+        const latent = add("EmptyLatentImage", { width: 64, height: 64 }), decode = add("VAEDecode"), preview = add("PreviewImage");
+        for (const [name, text] of [["positive", "a grey background"], ["negative", ""]]) {
+            const words = add("CLIPTextEncode", { text });
+            join(lab, 1, words, "clip");
+            join(words, 0, apply, name);
+        }
+        join(lab, 0, apply, "model");
+        join(lab, 1, apply, "clip");
+        join(canvas, 0, apply, "regions");
+        ["model", "positive", "negative"].forEach((name, output) => join(apply, output, sampler, name));
+        join(latent, 0, sampler, "latent_image");
+        join(sampler, 0, decode, "samples");
+        join(lab, 2, decode, "vae");
+        join(decode, 0, preview, "images");
+        window.drawnBy = preview.id;
     }""", NODE)  # fmt: skip
     pictures = """async () => {
         const read = async ({ filename, subfolder, type }) => {
@@ -201,9 +226,21 @@ class TestDrawing:
         line = painter.drag((0.55, 0.8), (0.7, 0.72), (0.9, 0.9), steps=25)
         regions = painter.document["regions"]
         assert [next(iter(region["shapes"][0])) for region in regions] == ["stroke", "polygon", "ellipse", "box", "box"]
+        for index, name in enumerate(["stroke", "polygon", "ellipse", "second box", "first box"]):
+            painter.page.locator(".concept-canvas-number").nth(index).click()
+            painter.name(name)
+            painter.field("prompt").fill(f"a red {name}")
+            painter.press("Escape")
+        painter.field("lora").click()
+        painter.page.locator(".concept-canvas-matches > div").first.wait_for()
+        painter.page.keyboard.type("unet robot")
+        painter.press("Enter")
+        assert painter.names() == ["stroke", "polygon", "ellipse", "second box", "first box"]
+        assert painter.document["regions"][4]["loras"] == [{"file": ROBOT}]
         radius = regions[0]["shapes"][0]["radius"] / UNIT
         assert radius * 512 >= 15
         seen = masks_of(painter) >= 0.5
+        assert painter.page.evaluate("() => window.app.nodeOutputs[window.drawnBy].images.length") == 1
         wanted = [
             stroke_of(line, radius, SIDE),
             polygon_of(corners, SIDE),
@@ -290,6 +327,13 @@ class TestRegions:
         assert painter.document["regions"][0] | {"colour": ""} == {"name": "region 1", "colour": "", "visible": False, "locked": True}
         painter.press("l", "Delete")
         assert painter.names() == ["region 2", "rest"]
+        numbers = painter.page.locator(".concept-canvas-number")
+        above, below = numbers.nth(0).bounding_box(), numbers.nth(1).bounding_box()
+        painter.page.mouse.move(below["x"] + 5, below["y"] + 5)
+        painter.page.mouse.down()
+        painter.page.mouse.move(above["x"] + 5, above["y"] + 5, steps=5)
+        painter.page.mouse.up()
+        assert painter.names() == ["rest", "region 2"]
 
 
 class TestKeys:

@@ -121,7 +121,15 @@ export class Side {
     return make(
       "div",
       { className: "concept-canvas-row", aria: { role: "option" }, on: { pointerdown: () => editor.select(index) } },
-      make("span", { className: "concept-canvas-number", textContent: index + 1 }),
+      make("span", {
+        className: "concept-canvas-number",
+        textContent: index + 1,
+        title: say("drag"),
+        on: {
+          pointerdown: ({ target, pointerId }) => target.setPointerCapture(pointerId),
+          pointerup: ({ target, clientY }) => this.drop(index, target, clientY),
+        },
+      }),
       make("input", {
         type: "color",
         tabIndex: -1,
@@ -143,6 +151,13 @@ export class Side {
       toggle("visible"),
       toggle("locked"),
     );
+  }
+
+  /** Move a region to where its number was dragged. */
+  drop(index, number, y) {
+    const { top, bottom, height } = number.parentElement.getBoundingClientRect();
+    const by = y < top ? Math.floor((y - top) / height) : y > bottom ? Math.ceil((y - bottom) / height) : 0;
+    this.editor.reorder(by, index);
   }
 
   showRow(row, region, selected) {

@@ -26,7 +26,7 @@ export const STYLE = `
 .concept-canvas-row { display: flex; gap: 3px; align-items: center; padding: 2px 3px; border-radius: 5px; border: 1px solid transparent; cursor: pointer; }
 .concept-canvas-row[aria-selected="true"] { background: var(--comfy-input-bg, #333); border-color: var(--border-color, #666); }
 .concept-canvas-row[data-hidden] { opacity: 0.5; }
-.concept-canvas-number { flex: 0 0 14px; text-align: right; opacity: 0.7; }
+.concept-canvas-number { flex: 0 0 14px; text-align: right; opacity: 0.7; cursor: grab; touch-action: none; }
 .concept-canvas-row input[type="color"] { flex: 0 0 18px; height: 18px; padding: 0; border: 0; background: none; cursor: pointer; }
 .concept-canvas-row input[type="text"] { flex: 1 1 0; min-width: 0; }
 .concept-canvas-row button { min-width: 22px; height: 22px; padding: 0; }
