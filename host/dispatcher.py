@@ -56,10 +56,13 @@ class Act(Protocol):
         """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
         `fresh`, and must not be kept: the host's blocks write to it."""
 
-    def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
-        """One strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its place in `shares`;
-        called between model calls.
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> Any:
+        """What `use` takes: one strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its
+        place in `shares`.
         """
+
+    def use(self, setting: Any) -> None:
+        """Act by a setting; called between model calls."""
 
 
 class Part(Protocol):
@@ -336,6 +339,8 @@ class Run:
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
+        # What the acts use, by what was told: kinds of calls that take turns find theirs again.
+        self._settings: dict[tuple, list[tuple[Act, Any]]] = {}
         # The calls under way, and what was told for them: some wrappers evaluate the model again from within a call.
         self._open: list[tuple] = []
 
@@ -352,6 +357,7 @@ class Run:
         if key != self._key:
             self._acts = {name: self._join(name, *key) for name in self.modules}
             self._key, self._told = key, None
+            self._settings.clear()
         told = (strengths, self._kind(call, active))
         if told != self._told:
             self._tell(strengths, told[1], active, call)
@@ -380,7 +386,10 @@ class Run:
         """After a call: what was told for the call around it holds again."""
         self._open.pop()
         if self._open and self._open[-1] is not None:
-            self._key, self._acts, told, active, call = self._open[-1]
+            key, self._acts, told, active, call = self._open[-1]
+            if key != self._key:
+                self._key = key
+                self._settings.clear()  # they are for other acts
             if told != self._told:
                 self._tell(*told, active, call)
                 self._told = told
@@ -440,20 +449,31 @@ class Run:
                 cross.forget()
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
         spread = self._spread(kind, active, placed, call) if kind else None
+        settings = self._settings.pop((strengths, kind), None)
+        if settings is None:
+            settings = list(self._made(strengths, placed, spread))
+        while len(self._settings) >= self.SPREADS:
+            self._settings.pop(next(iter(self._settings)))
+        self._settings[strengths, kind] = settings  # the last used goes last
+        for act, setting in settings:
+            act.use(setting)
+        if spread and self.crosses:
+            self._read_apart(spread, placed)
+        if kind and self.selves:
+            self._keep_apart(strengths, spread, active)
+
+    def _made(self, strengths: tuple[float, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
+        """Every act with what it is to use."""
         for name, acts in self._acts.items():
             for act, members in acts:
                 values = [strengths[index] for index in members]
                 own = [index for index in members if index in placed]
                 if not own:
-                    act.set_strengths(values)
+                    yield act, act.setting(values)
                 else:
                     numbers, shares = spread.shares(self.sites[name], own)
                     number_of = dict(zip(own, numbers, strict=True))
-                    act.set_strengths(values, [number_of.get(index) for index in members], shares)
-        if spread and self.crosses:
-            self._read_apart(spread, placed)
-        if kind and self.selves:
-            self._keep_apart(strengths, spread, active)
+                    yield act, act.setting(values, [number_of.get(index) for index in members], shares)
 
     def _spread(self, kind: Kind, active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
         # A joint sequence depends on isolation's strength, which is part of its bias; a spread for cross-attention does not.

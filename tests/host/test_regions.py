@@ -18,6 +18,7 @@ from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.places import Place, group
 from concept_nodes.host.regions import Hung, IsolationEffect, Regions, RegionsError
 from concept_nodes.nodes.regions import RegionLoRA, RegionNode, RegionsApply, RegionsToMasks
+from concept_nodes.ops.lora import Stack
 from concept_nodes.ops.masks import Box, Ellipse, Stroke
 from concept_nodes.ops.regions import Document, DocumentError, LoraFile, Region
 
@@ -164,6 +165,40 @@ class TestKeysKept:
         plain = unet.clone()
         attach(plain, adapters.AdapterEffect("plain", placement.parts, 1.0, 0.0, 0.5))
         torch.testing.assert_close(models.sample(put(unet, regions)), models.sample(plain), **CLOSE)
+
+
+class TestKindsThatTakeTurns:
+    """Conditions in calls of their own: two kinds of calls, in turn."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """How many settings the layers were asked for."""
+        made, setting = [], Stack.setting
+
+        def count(stack, *args):
+            made.append(stack)
+            return setting(stack, *args)
+
+        monkeypatch.setattr(Stack, "setting", count)
+        return made
+
+    def test_each_layer_gets_its_gains_once_for_each_kind(self, unet, made):
+        placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9)))
+        models.sample(placed)
+        together, layers = len(made), len(set(map(id, made)))
+        made.clear()
+        models.sample(sampling.one_by_one(placed), steps=6)
+        # When it is joined, each layer gets gains for the whole picture first.
+        assert (together, len(made)) == (2 * layers, 3 * layers)
+
+    def test_a_strength_that_changes_reaches_them(self, unet, made):
+        """A window that ends in the middle, while another LoRA acts on."""
+        state = models.lora(unet)
+        arms = []
+        for change in (sampling.one_by_one, lambda model: model):
+            regions = halves(unet, state, models.lora(unet, seed=9)).with_lora("left", Hung("early", models.lora(unet, seed=3), end=0.5))
+            arms.append(models.sample(change(put(unet, regions)), steps=6))
+        torch.testing.assert_close(*arms, rtol=1e-3, atol=1e-3)
 
 
 class TestIsolation:
