@@ -1,6 +1,7 @@
 """The pack as the host presents it: loaded without a warning, listed, helped, offered with its templates."""
 
 import re
+import urllib.request
 
 import pytest
 
@@ -61,4 +62,6 @@ def test_templates_are_the_ui_workflows_only(host):
 
 def test_browser_is_given_our_scripts_once(host):
     ours = [path for path in get_json(f"{host.url}/extensions") if PACK in path]
-    assert ours == [f"/extensions/{PACK}/report.js"]
+    assert sorted(ours) == [f"/extensions/{PACK}/{name}.js" for name in ("canvas", "report")]  # modules of the canvas are no extensions
+    with urllib.request.urlopen(f"{host.url}/extensions/{PACK}/canvas/panel.mjs") as answer:
+        assert answer.headers.get_content_type() == "text/javascript"
