@@ -64,4 +64,4 @@ def test_browser_is_given_our_scripts_once(host):
     ours = [path for path in get_json(f"{host.url}/extensions") if PACK in path]
     assert sorted(ours) == [f"/extensions/{PACK}/{name}.js" for name in ("canvas", "report")]  # modules of the canvas are no extensions
     with urllib.request.urlopen(f"{host.url}/extensions/{PACK}/canvas/panel.mjs") as answer:
-        assert answer.headers.get_content_type() == "text/javascript"
+        assert answer.headers.get_content_type() in ("text/javascript", "application/javascript")
