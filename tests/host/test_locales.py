@@ -2,13 +2,14 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from concept_nodes.nodes import NODES
+
+from pack import node_js
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = ROOT / "locales" / "en"
@@ -29,11 +30,8 @@ def node_words() -> dict:
 
 
 def panel_words() -> dict:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("no Node.js was found")
     program = f'import {{ ENGLISH }} from "{STRINGS.as_uri()}"; console.log(JSON.stringify(ENGLISH));'
-    return {"conceptCanvas": json.loads(subprocess.check_output([node, "--input-type=module", "-e", program]))}
+    return {"conceptCanvas": json.loads(subprocess.check_output([node_js(), "--input-type=module", "-e", program]))}
 
 
 @pytest.mark.parametrize(("file", "words"), [("nodeDefs.json", node_words), ("main.json", panel_words)])

@@ -1,12 +1,13 @@
 """The canvas's own JavaScript under Node.js, asked from Python: documents in, verdicts or masks out."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pack import node_js
 
 CANVAS = Path(__file__).resolve().parents[2] / "web" / "canvas"
 # One JSON request a line: {text, width, height}; answers a JSON line, and behind it the masks as float32 where a size is given.
@@ -36,9 +37,7 @@ class Node:
     """A Node.js process that answers one document after another."""
 
     def __init__(self):
-        node = shutil.which("node")
-        if node is None:
-            pytest.skip("no Node.js was found")
+        node = node_js()
         program = PROGRAM % {"canvas": CANVAS.as_uri()}
         self.process = subprocess.Popen([node, "--input-type=module", "-e", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
