@@ -519,6 +519,7 @@ class TestRunning:
             [left + width * 0.02, top + height * 0.03],
         )
         assert colour == [0x20, 0x40, 0xC0, 255]
+        assert page.locator(".concept-canvas-size").inner_text() == "96 × 64"
 
     def test_help_overlay_lists_the_keys(self, painter):
         painter.click(0.5, 0.5)

@@ -28,6 +28,7 @@ export class Panel {
     this.canvas = make("canvas", { aria: { role: "img" } });
     this.keys = make("textarea", { className: "concept-canvas-keys", aria: { label: say("keysTitle") } });
     this.hint = make("div", { className: "concept-canvas-hint", aria: { role: "status" } });
+    this.size = make("span", { className: "concept-canvas-size", title: say("size") });
     this.report = make("div", { className: "concept-canvas-report", hidden: true, aria: { role: "status" } });
     this.stageBox = make("div", { className: "concept-canvas-stage" }, this.keys, this.canvas);
     this.stage = new Stage(this.canvas, this.editor, this.view);
@@ -41,11 +42,12 @@ export class Panel {
       tell: (key) => this.tell(key),
     });
     this.sheet = make("div", { className: "concept-canvas-sheet", hidden: true });
+    const foot = make("div", { className: "concept-canvas-foot" }, this.hint, this.size);
     this.element = make(
       "div",
       { className: "concept-canvas" },
       make("style", { textContent: STYLE }),
-      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, this.hint, this.report),
+      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, foot, this.report),
       this.side.element,
       this.sheet,
     );
@@ -343,6 +345,7 @@ export class Panel {
     const { clientWidth, clientHeight } = this.stageBox;
     if (!clientWidth || !clientHeight) return;
     this.view.picture = this.host.pictureSize();
+    this.size.textContent = this.view.picture.join(" × ");
     const style = getComputedStyle(this.element);
     this.stage.colours.text = style.color;
     this.stage.resize(clientWidth, clientHeight);

@@ -17,7 +17,9 @@ export const STYLE = `
 .concept-canvas-stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; display: block; }
 .concept-canvas-keys { position: absolute; left: 0; top: 0; width: 1px; height: 1px; opacity: 0; padding: 0; border: 0; resize: none; pointer-events: none; }
 .concept-canvas-stage:has(:focus) { outline: 1.5px solid var(--p-primary-color, #6aa3ff); outline-offset: -1.5px; }
-.concept-canvas-hint { min-height: 16px; opacity: 0.75; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.concept-canvas-foot { display: flex; gap: 8px; }
+.concept-canvas-size { flex: 0 0 auto; opacity: 0.6; font-variant-numeric: tabular-nums; }
+.concept-canvas-hint { flex: 1 1 0; min-width: 0; min-height: 16px; opacity: 0.75; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .concept-canvas-hint[data-loud] { opacity: 1; color: var(--error-text, #ff8a80); }
 .concept-canvas-report { flex: 0 0 auto; max-height: 64px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
   padding: 4px 6px; border-radius: 5px; background: var(--comfy-input-bg, #222); opacity: 0.85; }
