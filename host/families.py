@@ -86,6 +86,11 @@ FAMILIES = (
 )
 
 
+ALL = "all"
+BUT = "all but "
+MIDDLE = "middle block"
+
+
 class UnsupportedFamily(ValueError):
     """The model's family has no row in the table."""
 
@@ -118,6 +123,21 @@ def family_of_file(shapes: dict[str, tuple[int, ...]]) -> Family | None:
 def layer_kind(family: Family, module: str) -> str:
     """Which of the family's kinds of layer a module is."""
     return next((kind for kind, pattern in family.layers.items() if re.search(pattern, module)), "other")
+
+
+def layer_choices() -> list[str]:
+    """What a choice of layers may be: all, those of one kind, all but one kind (as published sliders are made), or the middle block."""
+    kinds = dict.fromkeys(kind for family in FAMILIES for kind in family.layers)
+    return [ALL, *kinds, BUT + "cross-attention", MIDDLE]
+
+
+def is_chosen(family: Family, module: str, choice: str) -> bool:
+    """Whether a module is among the layers of a choice."""
+    if choice == MIDDLE:
+        return "middle_block." in module
+    if choice.startswith(BUT):
+        return layer_kind(family, module) != choice.removeprefix(BUT)
+    return choice in (ALL, layer_kind(family, module))
 
 
 def supported() -> str:

@@ -10,11 +10,12 @@ import torch
 
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
+from ..ops.schedule import Schedule
 from . import adapters, files
 from .dispatcher import Call, Effect, attach
-from .families import Family, family_of
+from .families import ALL, Family, family_of
 from .places import Place, group
-from .window import EVERYWHERE, Window
+from .window import course
 from .words import Words, find, length_of
 
 
@@ -32,6 +33,10 @@ class Hung:
     clip: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    schedule: Schedule | None = None
+    layers: str = ALL
+    comparable: bool = False
+    kind: str = "LoRA"
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,7 @@ class TextEffect(Effect):
         self.place, self.start, self.end = place, start, end
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        window = Window.of(model_sampling, self.start, self.end)
-        return lambda call: 1.0 if window == EVERYWHERE or window.holds(call.sigma) else 0.0
+        return course(model_sampling, self.start, self.end)
 
 
 class IsolationEffect(Effect):
@@ -89,8 +93,8 @@ class IsolationEffect(Effect):
         self.apart, self.strength, self.end = tuple(places), strength, end
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        window = Window.of(model_sampling, 0.0, self.end)
-        return lambda call: self.strength if window == EVERYWHERE or window.holds(call.sigma) else 0.0
+        factor = course(model_sampling, 0.0, self.end)
+        return lambda call: self.strength * factor(call)
 
 
 class Drawing:
@@ -150,13 +154,21 @@ def apply(
             if lora.model == 0 or lora.start == lora.end:
                 told.append(f"'{lora.label}': nothing done on the model, its strength is 0 or its window empty.")
                 continue
-            placement = adapters.place(patcher, lora.state, lora.label)
+            placement = adapters.place(patcher, lora.state, lora.label, lora.layers)
+            strength = lora.model * (placement.to_comparable() if lora.comparable else 1.0)
             effect = adapters.AdapterEffect(
-                f"'{region.name}': LoRA '{lora.label}' at {lora.model:g}", placement.parts, lora.model, lora.start, lora.end
+                f"'{region.name}': {lora.kind} '{lora.label}' at {lora.model:g}",
+                placement.parts,
+                strength,
+                lora.start,
+                lora.end,
+                lora.schedule,
             )
             effect.place, effect.text = place, policy
             effects.append(effect)
-            told.append(f"'{lora.label}' at {lora.model:g}. {placement.report}")
+            units = f" in comparable units ({strength:.3g} in its own)" if lora.comparable else ""
+            times = f", times {lora.schedule} over sampling" if lora.schedule else ""
+            told.append(f"'{lora.label}' at {lora.model:g}{units}{times}. {placement.report}")
         if place.texts:
             effects.append(TextEffect(f"'{region.name}': prompt", place))
         if not place.texts and not any(effect.place is place for effect in effects):

@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 from ..host import files, preview
 from ..host.regions import Regions
 from ..ops.regions import COLOURS, Document, DocumentError, Region, parse
-from ._shared import print_of_file
-from .regions import REGIONS, checked_mask
+from ._shared import checked_mask, print_of_file
+from .regions import REGIONS
 
 SIDE = 512
 LARGEST = 16384

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import adapters, files
-from ..host.dispatcher import attach
-from ..host.families import family_of
+from ..host.families import ALL, family_of
 from ._shared import (
     LORA_MODEL,
     NONE,
+    SLIDER_LIMIT,
+    Hanging,
     check_file,
-    check_numbers,
-    check_one_source,
-    describe_window,
+    comparable_input,
     file_input,
+    layers_input,
+    mask_input,
     model_input,
     model_outputs,
     print_of_file,
-    reason_to_do_nothing,
     result,
+    schedule_input,
     strength_input,
     window_inputs,
 )
-
-LIMIT = 10.0
 
 
 class Slider(io.ComfyNode):
@@ -48,7 +46,7 @@ class Slider(io.ComfyNode):
                 ),
                 strength_input(
                     "strength",
-                    LIMIT,
+                    SLIDER_LIMIT,
                     0.05,
                     "How far to turn, in units of its training: 1 as trained, negative the other way, 0 (neutral) not at all.",
                 ),
@@ -58,6 +56,10 @@ class Slider(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA straight from a training node, in place of `file`, which must then be 'none'. Neutral: not connected.",
                 ),
+                schedule_input(),
+                layers_input(),
+                comparable_input(),
+                mask_input(),
             ],
             outputs=model_outputs("The model with the slider on it."),
             has_intermediate_output=True,
@@ -72,24 +74,15 @@ class Slider(io.ComfyNode):
         return print_of_file(file)
 
     @classmethod
-    def execute(cls, model, file, strength, start_percent, end_percent, lora=None) -> io.NodeOutput:
-        check_numbers(strength, start_percent, end_percent)
-        check_one_source("file", file, lora)
-        idle = reason_to_do_nothing(file, strength, start_percent, end_percent, lora)
-        if idle is not None:
-            return result(model, f"Nothing done: {idle}. The model passes through unchanged.")
-
-        label = file if lora is None else "the connected lora"
-        state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
-        placement = adapters.place(model, state, label)
-        model = model.clone()
-        name = f"Slider '{label}' at {strength:g}"
-        attach(model, adapters.AdapterEffect(name, placement.parts, strength, start_percent, end_percent))
-        lines = [f"'{label}' at strength {strength:g}, {describe_window(start_percent, end_percent)}.", placement.report]
-        usual = family_of(model.model).slider_start
-        if start_percent == 0.0:
+    def execute(
+        cls, model, file, strength, start_percent, end_percent, lora=None, schedule="", layers=ALL, comparable=False, mask=None
+    ) -> io.NodeOutput:
+        hanging = Hanging(strength, start_percent, end_percent, schedule, layers, comparable, mask)
+        slid, lines = hanging.put(model, "Slider", "file", file, lora)
+        usual = family_of(model.model).slider_start if slid is not model and start_percent == 0.0 else 0.0
+        if usual:
             lines.append(f"To keep more of the layout, start later: {usual:g} is usual for {family_of(model.model).name}.")
-        return result(model, "\n".join(lines))
+        return result(slid, "\n".join(lines))
 
 
 NODES = [Slider]

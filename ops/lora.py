@@ -51,6 +51,12 @@ def delta_weight(factors: Factors) -> Tensor:
     return factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
 
 
+def delta_square(factors: Factors) -> float:
+    """The squared Frobenius norm of `delta_weight`, from products of its small side: ||B A||^2 = sum(B^T B * A A^T)."""
+    up, down = factors.up.double(), factors.down.double().flatten(1)
+    return factors.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
+
+
 class _Together:
     """Adapters of a layer in one pass over all of its rows.
 

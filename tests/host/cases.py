@@ -37,8 +37,8 @@ class Case(NamedTuple):
         return self.execute(model).result[0]
 
 
-def slider(model, strength=0.8, start=0.0, end=1.0, **lora):
-    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora))
+def slider(model, strength=0.8, start=0.0, end=1.0, schedule="", **lora):
+    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora), schedule=schedule)
 
 
 def slide(*args, **options):
@@ -117,6 +117,7 @@ PLUMBING = {
     "ConceptNodes_Canvas": "makes a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionSlider": "adds to a list; test_slider.py holds that it acts as a region's LoRA does",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
