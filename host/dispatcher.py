@@ -113,6 +113,10 @@ class Effect:
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
 
+    def conditions(self, conds: Mapping[str, Sequence[dict]]) -> Mapping[str, list[dict]]:
+        """Conditions of its own that the guider shall prepare beside those it has, by a name that nobody else uses."""
+        return {}
+
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
         the effect's own may still change the model's schedule."""
@@ -308,6 +312,7 @@ class Sampling:
         self.steady = False
         self.ended: list[int] = []
         self.denoised: torch.Tensor | None = None
+        self.kept: dict[Any, Any] = {}  # what effects make once for all of it
 
 
 class Run:
@@ -602,6 +607,11 @@ def _nested() -> list[Sampling]:
     return vars(_sampling).setdefault("nested", [])
 
 
+def under_way() -> Sampling | None:
+    """The sampling that this thread is in."""
+    return _nested()[-1] if _nested() else None
+
+
 def _begin(patcher) -> None:
     """ON_PRE_RUN."""
     # One run per patcher and sampling: a guider may begin the same patcher twice, and a run that died before its cleanup is replaced.
@@ -694,6 +704,8 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     guider = executor.class_obj
     # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
     second = getattr(guider, "uncond_model_patcher", None)
+    for effect in attached(guider.model_patcher):
+        guider.conds.update(effect.conditions(guider.conds))
     uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
     this = Sampling(guider)
     this.names = {uuid: name for name, conds in guider.conds.items() for uuid in _uuids(conds)}

@@ -18,6 +18,11 @@ from .places import Place, group
 from .window import course
 from .words import Words, find, length_of
 
+MISSING = (
+    "If figures are missing: leave the regions' prompts empty and say in the common prompt what stands where. Each LoRA still acts in its "
+    "own region only."
+)
+
 
 class RegionsError(ValueError):
     """Regions that cannot be applied, and what to do about it."""
@@ -176,11 +181,12 @@ def apply(
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")
             continue
         places.append(place)
-        words = " and ".join(sorted(place.texts)) or "none of its own"
-        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; text: {words}.", *told]))
+        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; reads {_reads(place)}.", *told]))
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
     group(places)
+    if sum(bool(place.texts) for place in places) > 1:
+        lines.append(MISSING)
     if isolation > 0 and isolation_end > 0 and len(places) > 1:
         effects.append(IsolationEffect(places, isolation, isolation_end))
         lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
@@ -189,6 +195,11 @@ def apply(
         attach(patcher, effect)
     lines.append(f"What no region covers keeps the prompt ({family.name}; no model call is added).")
     return patcher, lines
+
+
+def _reads(place: Place) -> str:
+    own = {("positive",): "a prompt of its own", ("negative",): "a negative prompt of its own"}
+    return own.get(tuple(place.texts), "a prompt and a negative prompt of its own") if place.texts else "the common prompt"
 
 
 def _read(lora) -> Hung:

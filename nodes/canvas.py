@@ -17,6 +17,7 @@ from .regions import REGIONS
 SIDE = 512
 LARGEST = 16384
 MOST_MASKS = 64
+OVERLAPS = {"normalize": "each has its share", "priority": "the first in the list has it", "max": "the strongest has it"}
 BACKGROUND = "concept_background"  # what the panel asks for in the node's output
 
 
@@ -157,7 +158,8 @@ def lines(regions: Regions, shares: torch.Tensor) -> list[str]:
     """What to tell of the regions, a line each."""
     if not len(shares):
         return ["No regions yet: draw some, and Apply Regions will act."]
-    told = [f"{len(shares)} regions on {shares.shape[2]} x {shares.shape[1]} pixels; overlap: {regions.document.overlap}."]
+    rule = OVERLAPS[regions.document.overlap]
+    told = [f"{len(shares)} regions on {shares.shape[2]} x {shares.shape[1]} pixels; where they overlap, {rule}."]
     for region, share in zip(regions.document.regions, shares, strict=True):
         part = float(share.mean())
         reads = "a prompt of its own" if region.prompt.strip() else "the common prompt"

@@ -344,7 +344,8 @@ class RegionsApply(io.ComfyNode):
                     step=0.1,
                     tooltip=(
                         "How much less the regions see of one another while the picture forms: taken from the logits of attention between "
-                        "them. 0 (neutral): they see all of it, which keeps the picture in one piece; 10: hardly anything."
+                        "them. 0 (neutral): they see all of it, which keeps the picture in one piece; 10: hardly anything. It does not "
+                        "bring back a figure that the model left out."
                     ),
                 ),
                 share_input("isolation_end", 0.5, "Until when isolation holds, as a share of sampling. No effect at isolation 0."),

@@ -14,9 +14,11 @@ const CHOICE = "concept_background"; // the node property that keeps which backg
 const MIN_HEIGHT_PX = 340;
 const FIRST_SIZE = [720, 700];
 const DEFAULT_SIDE = 512;
+const MOST_LEFT = 20;
 const SETTLED_MS = 250; // after the last change of many, as in typing
 
 const panels = new Map(); // node -> what shows its background
+const left = new Map(); // node id -> what its last panel left, for the one that takes its place
 let lastPicture = null;
 
 const viewUrl = ({ filename, subfolder = "", type = "output" }) =>
@@ -77,10 +79,10 @@ class Backgrounds {
   }
 }
 
-/** The picture's size as the node will draw it: its own width and height, those of the background where they are 0. */
-function pictureSize(node, image) {
+/** The picture's size as the node will draw it: its own width and height, those of the connected background where they are 0. */
+function pictureSize(node, { choice, image }) {
   const given = ["width", "height"].map((name) => Number(node.widgets?.find((widget) => widget.name === name)?.value) || 0);
-  const natural = image ? [image.naturalWidth, image.naturalHeight] : [DEFAULT_SIDE, DEFAULT_SIDE];
+  const natural = image && choice === "auto" ? [image.naturalWidth, image.naturalHeight] : [DEFAULT_SIDE, DEFAULT_SIDE];
   return given.map((length, axis) => length || natural[axis]);
 }
 
@@ -105,7 +107,7 @@ function addPanel(node, name) {
       clearTimeout(noting);
       noting = setTimeout(noteChange, SETTLED_MS);
     },
-    pictureSize: () => pictureSize(node, backgrounds.image),
+    pictureSize: () => pictureSize(node, backgrounds),
     listFiles: listLoras,
     backgrounds,
     passWheel: (event) => {
@@ -118,17 +120,20 @@ function addPanel(node, name) {
   backgrounds.panel = panel;
   const widget = node.addDOMWidget(name, "concept_canvas", panel.element, {
     getValue: () => panel.editor.text,
-    setValue: (value) => panel.editor.load(String(value ?? "")),
+    setValue: (value) => panel.load(String(value ?? ""), left.get(String(node.id))),
     getMinHeight: () => MIN_HEIGHT_PX,
     hideOnZoom: false,
   });
-  widget.showReport = (report) => panel.setReport(report);
+  widget.showReport = (report) => panel.side.setReport(report);
   panels.set(node, backgrounds);
   const onRemove = widget.onRemove;
   widget.onRemove = function () {
     onRemove?.apply(this, arguments);
     clearTimeout(noting);
     panels.delete(node);
+    left.delete(String(node.id)); // so that it goes last
+    left.set(String(node.id), panel.leave());
+    if (left.size > MOST_LEFT) left.delete(left.keys().next().value);
     panel.destroy();
     requestAnimationFrame(() => replaceLeftOver(node, panel));
   };

@@ -65,6 +65,8 @@ function addReportWidget(node) {
   });
   widget.serialize = false; // not in the saved workflow
   widget.value = "";
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
 }
 
 function showReport(node, output) {

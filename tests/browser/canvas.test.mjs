@@ -82,6 +82,29 @@ test("a text is kept as it was read until something changes, and when it cannot 
   assert.deepEqual(names(editor), ["b"]);
 });
 
+test("a text that an earlier panel had goes on with its history", () => {
+  const before = new Editor();
+  before.add();
+  before.add();
+  const [, one, two] = before.history.states.map((state) => state.text);
+  const after = new Editor();
+  assert.equal(after.load(one, before.history.states), true);
+  assert.equal(after.text, one);
+  after.step(1);
+  assert.equal(after.text, two);
+  after.step(-2);
+  assert.equal(after.text, "");
+  assert.equal(new Editor().load(serialise({ ...after.document, overlap: "max" }), before.history.states), false);
+});
+
+test("an empty canvas takes over nothing", () => {
+  const before = new Editor();
+  before.add();
+  const after = new Editor();
+  assert.equal(after.load("", before.history.states), false);
+  assert.equal(after.history.canRedo, false);
+});
+
 test("names stay unlike", () => {
   const editor = new Editor();
   editor.add({ name: "cat" });

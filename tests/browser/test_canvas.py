@@ -304,13 +304,34 @@ class TestRegions:
         painter.page.locator(".concept-canvas-matches > div").first.wait_for()
         painter.page.keyboard.type("unet robot")
         painter.press("Enter")
-        assert "hint" in painter.page.evaluate("() => document.activeElement.parentElement.nextSibling.className")  # the stage has the keys
+        assert "foot" in painter.page.evaluate("() => document.activeElement.parentElement.nextSibling.className")  # the stage has the keys
         assert painter.field("lora").input_value() == ""
         painter.field("model").fill("0.75")
         region = painter.document["regions"][0]
         assert region["name"] == "hero"
         assert region["prompt"] == "a large tok on the left"
         assert region["loras"] == [{"file": ROBOT, "model": 0.75}]
+
+    def test_tab_goes_from_a_name_to_that_regions_prompt(self, painter):
+        painter.press("n", "n", "Enter")
+        painter.page.keyboard.type("cat")
+        painter.page.keyboard.press("Tab")
+        painter.page.keyboard.type("a large ohwx")
+        painter.page.keyboard.press("Shift+Tab")
+        painter.page.keyboard.type("lynx")
+        painter.page.keyboard.press("Enter")
+        assert painter.names() == ["lynx", "region 1"]
+        assert [region.get("prompt", "") for region in painter.document["regions"]] == ["a large ohwx", ""]
+
+    def test_frame_of_what_is_painted_holds_the_brush(self, painter):
+        painter.press("d")
+        painter.drag((0.3, 0.5), (0.7, 0.5))
+        reach = painter.document["regions"][0]["shapes"][0]["radius"] / 10000
+        painter.press("v")
+        painter.drag((0.7 + reach, 0.5 + reach), (0.8 + reach, 0.5 + reach))  # the lower right handle
+        x, y, right, down = painter.document["regions"][0]["shapes"][0]["stroke"]  # the second point as steps from the first
+        assert (x, y, down) == (3000, 5000, 0)
+        assert abs(right - 5000) < 60
 
     def test_two_regions_cannot_have_one_name(self, painter):
         painter.press("n", "n")
@@ -406,6 +427,24 @@ class TestKeys:
         painter.drag((0.1, 0.6), (0.3, 0.9))
         assert len(painter.names()) == len(before) + 1
         assert painter.page.locator(".concept-canvas-row").count() == len(before) + 1
+
+    def test_the_panels_own_history_outlives_the_graphs_undo(self, painter):
+        states = [painter.text]
+        painter.press("e")
+        for left in (0.1, 0.5):
+            painter.drag((left, 0.1), (left + 0.3, 0.4))
+            painter.page.wait_for_timeout(600)
+            states.append(painter.text)
+        painter.frontend.click_title(NODE)
+        painter.press("Control+z")
+        painter.page.wait_for_timeout(1000)
+        assert painter.text == states[1]
+        assert painter.page.locator('.concept-canvas button[aria-pressed="true"]').first.get_attribute("title").startswith("Ellipse")
+        painter.page.evaluate("() => document.querySelector('.concept-canvas-keys').focus()")
+        painter.press("Control+y")
+        assert painter.text == states[2]
+        painter.press("Control+z", "Control+z")
+        assert painter.text == states[0]
 
     def test_typing_in_a_field_is_typing(self, painter):
         painter.press("n")

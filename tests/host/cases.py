@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
-from concept_nodes.nodes.sliders import Slider
+from concept_nodes.nodes.sliders import Slider, SliderPrompts
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Region
 
@@ -71,6 +71,16 @@ def put_regions(*args, **options):
     return regions(*args, **options).result[0]
 
 
+def prompts(model, strength=0.8, start=0.0, end=1.0, form="guidance", schedule="", other=40):
+    """Slider from Prompts between two random prompts."""
+    positive, more, less = (models.conditioning(model, seed) for seed in (10, 30, other))
+    return SliderPrompts.execute(model, positive, more, less, form, strength, start, end, schedule)
+
+
+def put_prompts(*args, **options):
+    return prompts(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -97,6 +107,16 @@ EFFECTS = {
             "empty window": lambda model: put_regions(model, start=0.5, end=0.5),
             "invisible": lambda model: put_regions(model, visible=False),
             "no regions": lambda model: RegionsApply.execute(model, [], [], Regions()).result[0],
+        },
+    ),
+    "ConceptNodes_SliderPrompts": Case(
+        execute=prompts,
+        tells=("0.8 times the way", "in all steps", "One model call is added"),
+        neutral={
+            "strength 0": lambda model: put_prompts(model, 0.0),
+            "empty window": lambda model: put_prompts(model, start=0.5, end=0.5),
+            "equal poles": lambda model: put_prompts(model, other=30),
+            "embedding": lambda model: put_prompts(model, form="embedding"),
         },
     ),
     "ConceptNodes_Slider": Case(

@@ -577,7 +577,7 @@ class TestSpan:
     def test_a_region_without_a_lora_reads_its_own_prompt(self, loaded):
         regions = Regions().with_region(Region("one", shapes=(Box(0, 0, 1, 1),), prompt="a small yellow heart"))
         model, *_, report = self.put(loaded, regions, prompt="")
-        assert "text: positive" in report
+        assert "reads a prompt of its own" in report
         own = [[encoded(loaded, "a small yellow heart")[0][0], encoded(loaded, self.PROMPT)[0][1]]]  # the pooled prompt is the common one
         expected = drawn(loaded.model, own, encoded(loaded, ""), cfg=4.0)
         torch.testing.assert_close(drawn(model, encoded(loaded, self.PROMPT), encoded(loaded, ""), cfg=4.0), expected, **CLOSE)

@@ -14,6 +14,12 @@ def test_straight_lines_between_points():
     assert [schedule.at(share) for share in (0, 0.15, 0.3, 0.65, 1)] == pytest.approx([0, 0.5, 1, 0.75, 0.5])
 
 
+def test_as_text_it_can_be_read_again():
+    schedule = Schedule.parse("0:0, .3:1, 1:.5")
+    assert str(schedule) == "0:0, 0.3:1, 1:0.5"
+    assert Schedule.parse(str(schedule)) == schedule
+
+
 def test_constant_outside_of_the_points():
     schedule = Schedule.parse("0.2:2, 0.4:-1")
     assert (schedule.at(0), schedule.at(0.2), schedule.at(0.4), schedule.at(1)) == (2, 2, -1, -1)

@@ -115,7 +115,7 @@ class TestBesideOthers:
         first, second = (
             run.text(node_id) for node_id, node in self.stacked(BACKGROUND, SIZE).items() if "RegionsApply" in node["class_type"]
         )
-        assert "'left': 50% of the picture; text: positive." in first and "'right'" in first
+        assert "'left': 50% of the picture; reads a prompt of its own." in first and "'right'" in first
         assert f"'{SIZE}' at 1." in second
 
     def test_the_controlnet_acts_beside_them(self, client):

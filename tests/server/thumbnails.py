@@ -18,6 +18,7 @@ LEFT = "a medium {} on the left on a grey background"
 # Workflow: the id of the node and the input that its four pictures vary, and the values, in reading order.
 VARIED = {
     "slider": ("2", "strength", (-2.0, -1.0, 1.0, 2.0)),
+    "slider_prompts": ("2", "strength", (-1.5, -0.5, 0.5, 1.5)),
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
     "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
     "regions_characters": ("12", "seed", (1, 2, 3, 4)),

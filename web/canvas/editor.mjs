@@ -36,9 +36,17 @@ export class Editor {
     return this.error ? this.error.text : this.history.state.text;
   }
 
-  /** Read what a workflow has saved. A text that cannot be read is kept as it is, and `error` says why. */
-  load(text) {
-    if (text === this.text) return;
+  /** Read what a workflow has saved. A text that cannot be read is kept as it is, and `error` says why. Where it is one of `known` states,
+   * what came before and after it can still be undone and redone; whether it was. */
+  load(text, known = []) {
+    if (text === this.text) return false;
+    const at = text ? known.findLastIndex((state) => state.text === text) : -1;
+    if (at >= 0) {
+      this.error = null;
+      this.history.resume(known, at);
+      this.changed();
+      return true;
+    }
     try {
       const document = parse(text);
       this.error = null;
@@ -48,6 +56,7 @@ export class Editor {
       this.error = { message: error.message, text };
     }
     this.changed();
+    return false;
   }
 
   /** A new text as a step that can be undone. @throws {DocumentError} */

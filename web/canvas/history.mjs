@@ -13,6 +13,11 @@ export class History {
     this.topic = null;
   }
 
+  /** Go on from one of the states of an earlier history. */
+  resume(states, at) {
+    [this.states, this.at, this.topic] = [[...states], at, null];
+  }
+
   get state() {
     return this.states[this.at];
   }

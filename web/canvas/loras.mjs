@@ -14,7 +14,7 @@ export class Loras {
     this.files = null;
     this.loras = [];
     this.rows = make("div");
-    this.matches = make("div", { className: "concept-canvas-matches", hidden: true, aria: { role: "listbox" } });
+    this.matches = make("div", { className: "concept-canvas-matches", hidden: true, tabIndex: -1, aria: { role: "listbox" } });
     this.find = make("input", {
       type: "text",
       placeholder: say("findLora"),
@@ -47,12 +47,11 @@ export class Loras {
     this.at = 0;
     this.matches.replaceChildren(
       ...found.slice(0, MOST_MATCHES).map((file, index) =>
-        make("div", {
-          textContent: shown(file),
-          title: file,
-          aria: { role: "option", selected: index === 0 },
-          on: { pointerdown: (event) => this.choose(file, event) },
-        }),
+        make(
+          "div",
+          { title: file, aria: { role: "option", selected: index === 0 }, on: { pointerdown: (event) => this.choose(file, event) } },
+          shown(file),
+        ),
       ),
     );
     if (!found.length) this.matches.replaceChildren(make("div", { textContent: say("noLora") }));
@@ -121,7 +120,7 @@ export class Loras {
     return make(
       "div",
       { className: "concept-canvas-lora", dataset: { file } },
-      make("span", { textContent: shown(file) }),
+      make("span", {}, shown(file)),
       strength("model", "strengthModel"),
       strength("clip", "strengthClip"),
       make("button", {
@@ -135,9 +134,7 @@ export class Loras {
   }
 }
 
-/** A file's own name first, then where it lies: the end of a long path is what tells files apart. */
+/** A file's path, cut at its beginning where room is short: its end is what tells files apart. */
 function shown(file) {
-  const parts = file.split("/");
-  const name = parts.pop().replace(/\.[^.]+$/, "");
-  return parts.length ? `${name} (${parts.reverse().join(" < ")})` : name;
+  return make("bdi", { textContent: file.replace(/\.[^./]+$/, "") });
 }

@@ -12,7 +12,7 @@ import { makeTools } from "./tools.mjs";
 import { View } from "./view.mjs";
 
 const WHEEL_ZOOM = 1.1;
-const FIRST_RADIUS = 300;
+const FIRST_RADIUS = 500;
 const TOLD_MS = 4000;
 
 export class Panel {
@@ -29,7 +29,6 @@ export class Panel {
     this.keys = make("textarea", { className: "concept-canvas-keys", aria: { label: say("keysTitle") } });
     this.hint = make("div", { className: "concept-canvas-hint", aria: { role: "status" } });
     this.size = make("span", { className: "concept-canvas-size", title: say("size") });
-    this.report = make("div", { className: "concept-canvas-report", hidden: true, aria: { role: "status" } });
     this.stageBox = make("div", { className: "concept-canvas-stage" }, this.keys, this.canvas);
     this.stage = new Stage(this.canvas, this.editor, this.view);
     this.side = new Side(this.editor, { listFiles: host.listFiles, back: () => this.focus(), tell: (key, text) => this.tell(key, text) });
@@ -47,7 +46,7 @@ export class Panel {
       "div",
       { className: "concept-canvas" },
       make("style", { textContent: STYLE }),
-      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, foot, this.report),
+      make("div", { className: "concept-canvas-left" }, this.makeBar(), this.stageBox, foot),
       this.side.element,
       this.sheet,
     );
@@ -254,6 +253,21 @@ export class Panel {
     if (event.type === "cut") this.editor.remove();
   }
 
+  /** Read what a workflow has saved; `before` is what `leave` gave when a panel of the same node went. */
+  load(text, before = null) {
+    const known = this.editor.load(text, before?.states);
+    if (!known) return;
+    [this.brush.radius, this.addingOn] = [before.radius, before.adding];
+    this.setAdding(before.adding);
+    this.setRadius(before.radius);
+    this.choose(before.tool);
+  }
+
+  /** What a workflow does not save, for a panel to come: the frontend makes nodes anew when tabs are changed and when it undoes. */
+  leave() {
+    return { states: this.editor.history.states, tool: this.toolName, radius: this.brush.radius, adding: this.addingOn };
+  }
+
   // --- what it shows -------------------------------------------------------------------------------------------------------------
 
   show() {
@@ -294,12 +308,6 @@ export class Panel {
     this.hint.setAttribute("data-loud", "");
     clearTimeout(this.telling);
     this.telling = setTimeout(() => this.showHint(), TOLD_MS);
-  }
-
-  /** What the node's last run told. */
-  setReport(text) {
-    this.report.textContent = text;
-    this.report.hidden = !text;
   }
 
   choose(name) {

@@ -21,6 +21,7 @@ export class Side {
     };
     this.list = make("div", { className: "concept-canvas-list", aria: { role: "listbox", label: say("regions") } });
     this.fields = this.makeFields(listFiles);
+    this.report = make("div", { className: "concept-canvas-report", hidden: true, aria: { role: "status" } });
     this.overlap = make(
       "select",
       { tabIndex: -1, on: { change: ({ target }) => (editor.setOverlap(target.value), back()) } },
@@ -33,8 +34,14 @@ export class Side {
       make("div", { className: "concept-canvas-bar" }, ...Object.values(this.buttons)),
       this.list,
       this.fields,
-      make("div", { className: "concept-canvas-fields" }, labelled("overlap", this.overlap)),
+      make("div", { className: "concept-canvas-fields concept-canvas-common" }, labelled("overlap", this.overlap), this.report),
     );
+  }
+
+  /** What the node's last run told. */
+  setReport(text) {
+    this.report.replaceChildren(make("b", { textContent: say("lastRun") }), `\n${text}`);
+    this.report.hidden = !text;
   }
 
   button(key, act, name = key) {
@@ -57,7 +64,10 @@ export class Side {
       make("textarea", {
         rows: 2,
         dataset: { field: key },
-        on: { input: ({ target }) => editor.update(editor.selected, { [key]: target.value }, key) },
+        on: {
+          input: ({ target }) => editor.update(editor.selected, { [key]: target.value }, key),
+          keydown: (event) => key === "prompt" && event.key === "Tab" && event.shiftKey && (event.preventDefault(), this.editName()),
+        },
       });
     const share = (key) =>
       make("input", {
@@ -138,6 +148,7 @@ export class Side {
       }),
       make("input", {
         type: "text",
+        tabIndex: -1,
         title: say("name"),
         dataset: { field: "name" },
         on: {
@@ -145,7 +156,7 @@ export class Side {
           // Taken over when it is finished: on the way to "region 12" lies "region 1".
           input: ({ target }) => target.toggleAttribute("data-wrong", !editor.canBeNamed(index, target.value)),
           change: ({ target }) => this.rename(index, target),
-          keydown: ({ key, target }) => key === "Enter" && this.rename(index, target),
+          keydown: (event) => this.leaveName(event, index),
         },
       }),
       toggle("visible"),
@@ -181,6 +192,16 @@ export class Side {
     if (!this.editor.rename(index, name)) this.tell(name ? "nameTaken" : "nameEmpty");
     field.removeAttribute("data-wrong");
     fill(field, this.editor.regions[index]?.name ?? "");
+  }
+
+  /** Enter takes the name over; Tab goes on to the region's own prompt, not to the next region's name. */
+  leaveName(event, index) {
+    if (event.key !== "Enter" && event.key !== "Tab") return;
+    this.rename(index, event.target);
+    if (event.key === "Enter") return;
+    event.preventDefault();
+    if (event.shiftKey) this.back();
+    else this.prompt.focus();
   }
 
   /** Put the caret into the selected region's name. */

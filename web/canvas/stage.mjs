@@ -175,8 +175,12 @@ export class Stage {
     if (!region.visible) return;
     const box = bounds(region.shapes) ?? (region.rest ? [0, 0, 10_000, 10_000] : null);
     if (!box) return;
-    const [left, top] = this.view.toStage(Math.max(box[0], 0), Math.max(box[1], 0));
-    const text = `${region.name}${region.locked ? " 🔒" : ""}`;
+    const [left, top] = this.frameOf(region.shapes, [Math.max(box[0], 0), Math.max(box[1], 0), box[2], box[3]]);
+    this.tag(context, `${region.name}${region.locked ? " 🔒" : ""}`, region.colour, left, top, taken);
+  }
+
+  /** A name on a dark ground with a dot of its colour, in the stage and below those in `taken`. */
+  tag(context, text, colour, left, top, taken = []) {
     context.font = "600 11px sans-serif";
     context.textBaseline = "middle";
     const width = context.measureText(text).width + 20;
@@ -189,10 +193,24 @@ export class Stage {
     context.beginPath();
     context.roundRect(x, y, width, 17, 4);
     context.fill();
-    context.fillStyle = region.colour;
+    context.fillStyle = colour;
     context.fillRect(x + 5, y + 5, 7, 7);
     context.fillStyle = "#fff";
     context.fillText(text, x + 16, y + 9);
+  }
+
+  /** How far brushes reach beyond their paths, in stage pixels. */
+  reach(shapes) {
+    const radii = shapes.filter((shape) => shape.kind === "stroke" && !shape.erase).map((shape) => shape.radius);
+    return radii.length ? this.view.radius(Math.max(...radii)) : 0;
+  }
+
+  /** [left, top, right, bottom] in the stage of the rectangle around shapes whose `bounds` are given. */
+  frameOf(shapes, box) {
+    const reach = this.reach(shapes);
+    const [left, top] = this.view.toStage(box[0], box[1]);
+    const [right, bottom] = this.view.toStage(box[2], box[3]);
+    return [left - reach, top - reach, right + reach, bottom + reach];
   }
 
   /** The selected region's edges, and the handles of the rectangle around it. */
@@ -206,8 +224,7 @@ export class Stage {
     }
     const box = bounds(region.shapes);
     if (!box || region.locked) return;
-    const [left, top] = this.view.toStage(box[0], box[1]);
-    const [right, bottom] = this.view.toStage(box[2], box[3]);
+    const [left, top, right, bottom] = this.frameOf(region.shapes, box);
     context.beginPath();
     context.rect(left, top, right - left, bottom - top);
     twice(context, [3, 3]);

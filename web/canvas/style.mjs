@@ -21,12 +21,13 @@ export const STYLE = `
 .concept-canvas-size { flex: 0 0 auto; opacity: 0.6; font-variant-numeric: tabular-nums; }
 .concept-canvas-hint { flex: 1 1 0; min-width: 0; min-height: 16px; opacity: 0.75; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .concept-canvas-hint[data-loud] { opacity: 1; color: var(--error-text, #ff8a80); }
-.concept-canvas-report { flex: 0 0 auto; max-height: 64px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
+.concept-canvas-common { padding-top: 5px; border-top: 1px solid var(--border-color, #444); }
+.concept-canvas-report { flex: 0 0 auto; max-height: 150px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
   padding: 4px 6px; border-radius: 5px; background: var(--comfy-input-bg, #222); opacity: 0.85; }
 .concept-canvas-side { flex: 0 0 42%; max-width: 260px; min-width: 150px; display: flex; flex-direction: column; gap: 4px; overflow-y: auto; overflow-x: hidden; }
 .concept-canvas-list { display: flex; flex-direction: column; gap: 2px; flex: 0 0 auto; max-height: 40%; overflow-y: auto; }
 .concept-canvas-row { display: flex; gap: 3px; align-items: center; padding: 2px 3px; border-radius: 5px; border: 1px solid transparent; cursor: pointer; }
-.concept-canvas-row[aria-selected="true"] { background: var(--comfy-input-bg, #333); border-color: var(--border-color, #666); }
+.concept-canvas-row[aria-selected="true"] { background: var(--comfy-input-bg, #333); border-color: var(--p-primary-color, #6aa3ff); }
 .concept-canvas-row[data-hidden] { opacity: 0.5; }
 .concept-canvas-number { flex: 0 0 14px; text-align: right; opacity: 0.7; cursor: grab; touch-action: none; }
 .concept-canvas-row input[type="color"] { flex: 0 0 18px; height: 18px; padding: 0; border: 0; background: none; cursor: pointer; }
@@ -45,12 +46,13 @@ export const STYLE = `
 .concept-canvas-pair { display: flex; gap: 4px; }
 .concept-canvas-pair > * { flex: 1 1 0; min-width: 0; }
 .concept-canvas-lora { display: flex; gap: 3px; align-items: center; }
-.concept-canvas-lora > span { flex: 1 1 0; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.concept-canvas-lora > span { flex: 1 1 0; min-width: 0; }
+.concept-canvas-lora > span, .concept-canvas-matches > div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; direction: rtl; text-align: left; }
 .concept-canvas-heads { display: flex; justify-content: space-between; padding-right: 32px; }
 .concept-canvas-lora[data-missing] > span { color: var(--error-text, #ff8a80); text-decoration: underline wavy; }
 .concept-canvas-lora input[type="number"] { flex: 0 0 52px; width: 52px; }
 .concept-canvas-matches { max-height: 110px; overflow-y: auto; border: 1px solid var(--border-color, #444); border-radius: 5px; }
-.concept-canvas-matches > div { padding: 2px 5px; cursor: pointer; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.concept-canvas-matches > div { padding: 2px 5px; cursor: pointer; }
 .concept-canvas-matches > div[aria-selected="true"], .concept-canvas-matches > div:hover { background: var(--border-color, #555); }
 .concept-canvas-sheet { position: absolute; inset: 0; z-index: 2; display: flex; flex-direction: column; gap: 6px; padding: 10px; overflow: auto;
   background: var(--comfy-menu-bg, #353535); border-radius: 6px; border: 1px solid var(--border-color, #555); }

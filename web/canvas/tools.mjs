@@ -5,6 +5,7 @@ import { UNIT } from "./document.mjs";
 import { bounds, fitted, moved, spanned, thinned } from "./geometry.mjs";
 import { coverSegment, pixels, radiusIn, rampOf } from "./raster.mjs";
 import { handlesOf, newTint, twice } from "./stage.mjs";
+import { say } from "./strings.mjs";
 
 const NEAR = 9; // stage pixels around a handle or a polygon's first point
 const LEAST = 3; // stage pixels that a drawn shape must measure
@@ -63,8 +64,7 @@ class Select extends Tool {
     const { region } = this.editor;
     const box = region && !region.locked && bounds(region.shapes);
     if (!box) return null;
-    const corners = [...this.view.toStage(box[0], box[1]), ...this.view.toStage(box[2], box[3])];
-    return handlesOf(...corners).find(([hx, hy]) => Math.abs(hx - x) <= NEAR && Math.abs(hy - y) <= NEAR) ?? null;
+    return handlesOf(...this.stage.frameOf(region.shapes, box)).find(([hx, hy]) => Math.abs(hx - x) <= NEAR && Math.abs(hy - y) <= NEAR) ?? null;
   }
 
   down(point) {
@@ -112,8 +112,9 @@ class Select extends Tool {
       context.drawImage(canvas, left + shift[0] * width, top + shift[1] * height, width * scale[0], height * scale[1]);
     }
     context.globalAlpha = 1;
+    const frame = this.stage.frameOf(region.shapes, to);
     context.beginPath();
-    context.rect(...this.view.toStage(to[0], to[1]), ((to[2] - to[0]) / UNIT) * width, ((to[3] - to[1]) / UNIT) * height);
+    context.rect(frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]);
     twice(context, [3, 3]);
   }
 
@@ -339,8 +340,16 @@ class Brush extends Tool {
       context.beginPath();
       context.ellipse(point.x, point.y, radius, radius, 0, 0, 2 * Math.PI);
       twice(context, this.erase ? [3, 3] : []);
+      if (!this.stroke) this.showTarget(context, point.x + radius + 4, point.y);
     };
     this.stage.invalidate();
+  }
+
+  /** What the brush would paint on, beside it: other tools begin a region of their own. */
+  showTarget(context, x, y) {
+    const { editor } = this;
+    if (editor.goesToSelected(true)) this.stage.tag(context, editor.region.name, editor.region.colour, x, y);
+    else if (!this.erase) this.stage.tag(context, say("brushNew"), editor.freeColour(), x, y);
   }
 
   up(point) {
