@@ -16,6 +16,9 @@ ENGLISH = ROOT / "locales" / "en"
 STRINGS = ROOT / "web" / "canvas" / "strings.mjs"
 
 
+PANEL = ("ConceptNodes_Canvas", "canvas")  # has no tooltip: Nodes 2.0 would show it for as long as the pointer is over the panel
+
+
 def node_words() -> dict:
     """Names and tooltips of every node, in the form that the frontend reads."""
     words = {}
@@ -26,6 +29,7 @@ def node_words() -> dict:
             "inputs": {item.id: {"name": item.display_name or item.id, "tooltip": item.tooltip} for item in schema.inputs},
             "outputs": {str(index): {"name": item.display_name, "tooltip": item.tooltip} for index, item in enumerate(schema.outputs)},
         }
+    del words[PANEL[0]]["inputs"][PANEL[1]]["tooltip"]
     return words
 
 
@@ -47,5 +51,5 @@ def test_no_word_is_a_command_to_the_frontend():
     """Its translations give `@`, `|` and braces a meaning of their own."""
     told = json.dumps(node_words())
     assert [sign for sign in "@|" if sign in told] == []
-    texts = [text for node in node_words().values() for text in (node["description"], *(i["tooltip"] for i in node["inputs"].values()))]
+    texts = [text for node in node_words().values() for text in (node["description"], *(i.get("tooltip", "") for i in node["inputs"].values()))]
     assert [text for text in texts if "{" in text] == []
