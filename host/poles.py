@@ -95,8 +95,10 @@ class GuideEffect(Effect):
         self.names = f"{KEY} {own} more", f"{KEY} {own} less"
 
     def hang(self, patcher) -> None:
-        """What `attach` does not do: take part in what the guider makes of the model's predictions."""
-        patcher.set_model_sampler_post_cfg_function(self.guide)
+        """What `attach` does not do: take part in what the guider makes of the model's predictions. Before what other nodes do to that, so
+        that their order in the graph does not matter.
+        """
+        patcher.model_options["sampler_post_cfg_function"] = [self.guide, *patcher.model_options.get("sampler_post_cfg_function", ())]
 
     def conditions(self, conds: Mapping[str, Sequence[dict]]) -> dict[str, list[dict]]:
         """The positive condition's entries with the prompts in the place of its own: what else they hold (area, mask, ControlNet) stays."""

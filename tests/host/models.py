@@ -214,7 +214,7 @@ def channels(model) -> int:
 
 def conditioning(model, seed: int, tokens: int = 7):
     pooled = {"sd15": {}, "sdxl": {"pooled_output": seeded((1, 1280), seed + 1)}, "flux": {"pooled_output": seeded((1, 32), seed + 1)}}
-    kind = next(kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config)
+    kind = next((kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config), "sd15")
     return [[seeded((1, tokens, CONTEXT), seed), pooled[kind]]]
 
 
