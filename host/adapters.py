@@ -5,6 +5,7 @@ Whatever name the stock LoRA loader knows is placed here on the same weight. Ada
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -20,7 +21,7 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..ops.lora import Factors, Stack, delta_square, merge_middle
@@ -120,6 +121,16 @@ def read(path: Path) -> dict[str, torch.Tensor]:
             f"download or save it again. It lies at {path}."
         ) from error
     return checked(state, path.name)
+
+
+def about(path: Path) -> dict:
+    """What a file of this pack says of itself in its header (concept, poles, range, objective, base); nothing for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get("concept_nodes", "{}"))
+    except (*DAMAGED, OSError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def checked(state, label: str) -> dict[str, torch.Tensor]:

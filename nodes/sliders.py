@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from comfy_api.latest import io, ui
 
+from ..host import adapters, files
 from ..host.dispatcher import attach
 from ..host.families import ALL, family_of
 from ..host.poles import GuideEffect, Pole, Poles, windowed
+from ..host.sheet import lay_out
 from ..ops.schedule import Schedule
 from ._shared import (
     LORA_MODEL,
@@ -171,4 +176,148 @@ def shown(model, positive, report: str) -> io.NodeOutput:
     return io.NodeOutput(model, positive, report, ui=ui.PreviewText(report))
 
 
-NODES = [Slider, SliderPrompts]
+MOST_STEPS = 64
+FEW = 5
+
+
+class SliderSweep(io.ComfyNode):
+    """One slider at many strengths: lists of models and labels that the host's samplers go through."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_SliderSweep",
+            display_name="Slider Sweep",
+            category="concept/sliders",
+            description=(
+                "One slider at many strengths. Everything behind it runs once for each, with the same seed: connect the sampler as usual "
+                "and gather the pictures with Sheet."
+            ),
+            search_aliases=["XY plot", "slider grid", "strength sweep", "compare"],
+            inputs=[
+                model_input(),
+                file_input("file", "The slider: a LoRA file for the model's family, from models/loras."),
+                io.String.Input(
+                    "strengths",
+                    default="-2, -1, 0, 1, 2",
+                    tooltip=f"The strengths, with commas between. Neutral: empty, {FEW} over the range that the file names for itself.",
+                ),
+                *window_inputs(" Later keeps the layout."),
+                io.Custom(LORA_MODEL).Input("lora", optional=True, tooltip="A LoRA from a training node. file must then be 'none'."),
+                schedule_input(),
+                layers_input(),
+                comparable_input(),
+                mask_input(),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="A model for each strength.", is_output_list=True),
+                io.String.Output("label", display_name="label", tooltip="A label for each, for Sheet.", is_output_list=True),
+                io.Float.Output("strength", display_name="strength", tooltip="Each strength as a number.", is_output_list=True),
+                io.String.Output("report", display_name="report", tooltip="What was placed where, and the strengths."),
+            ],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, file=NONE):
+        return check_file(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=NONE, **_):
+        return print_of_file(file)
+
+    @classmethod
+    def execute(
+        cls, model, file, strengths, start_percent, end_percent, lora=None, schedule="", layers=ALL, comparable=False, mask=None
+    ) -> io.NodeOutput:
+        told = adapters.about(files.resolve("loras", file)) if file != NONE else {}
+        listed = listed_strengths(strengths, told.get("range"))
+        poles = [str(pole) for pole in told.get("poles") or ()]
+        swept, report = [], []
+        for strength in listed:
+            hanging = Hanging(strength, start_percent, end_percent, schedule, layers, comparable, mask)
+            slid, lines = hanging.put(model, "Slider", "file", file, lora)
+            swept.append(slid)
+            report = lines if strength else report or lines
+        labels = labelled(listed, poles)
+        text = "\n".join([f"{len(listed)} strengths: {', '.join(f'{strength:g}' for strength in listed)}.", *report])
+        return io.NodeOutput(swept, labels, listed, text, ui=ui.PreviewText(text))
+
+
+def labelled(strengths: Sequence[float], poles: Sequence[str]) -> list[str]:
+    """Strengths as text, the outermost with the pole that they turn to."""
+    ends = {}
+    if len(poles) == 2 and min(strengths) < 0:
+        ends[min(strengths)] = poles[0]
+    if len(poles) == 2 and max(strengths) > 0:
+        ends[max(strengths)] = poles[1]
+    return [f"{strength:+g} {ends.get(strength, '')}".strip() if strength else "0" for strength in strengths]
+
+
+def listed_strengths(text: str, own: Sequence[float] | None) -> list[float]:
+    """Strengths from a text, or a few over a file's own range. Raises ValueError that names what cannot be read."""
+    if not text.strip():
+        low, high = own if own and len(own) == 2 else (-2.0, 2.0)
+        return [low + (high - low) * step / (FEW - 1) for step in range(FEW)]
+    listed = []
+    for part in text.replace("\n", ",").replace(";", ",").split(","):
+        if not part.strip():
+            continue
+        try:
+            number = float(part)
+        except ValueError:
+            raise ValueError(f"strengths holds '{part.strip()}', which is no number. Write numbers with commas between.") from None
+        if not abs(number) <= SLIDER_LIMIT:
+            raise ValueError(f"strengths holds {number:g}. Write numbers from -{SLIDER_LIMIT:g} to {SLIDER_LIMIT:g}.")
+        listed.append(number)
+    if not listed:
+        raise ValueError("strengths holds no number. Write numbers with commas between, or empty it.")
+    if len(listed) > MOST_STEPS:
+        raise ValueError(f"strengths holds {len(listed)} numbers, and {MOST_STEPS} is the most. Write fewer.")
+    return listed
+
+
+class Sheet(io.ComfyNode):
+    """Pictures side by side under their labels."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_Sheet",
+            display_name="Sheet",
+            category="concept/sliders",
+            description=(
+                "Lays the pictures of a list on one page, a column for each under its label and a row for each picture of its batch. For "
+                "Slider Sweep, and for any other list of pictures."
+            ),
+            search_aliases=["XY plot", "contact sheet", "image grid", "comparison", "labelled grid"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures: a list, or one batch, whose pictures are then a column each."),
+                io.String.Input("labels", default="", force_input=True, optional=True, tooltip="A label for each. Neutral: 1, 2, 3, ..."),
+                io.String.Input("title", default="", tooltip="A line above. Neutral: empty."),
+                io.Int.Input("side", default=256, min=32, max=4096, step=8, tooltip="Pixels of each picture's longer side on the page."),
+                io.Int.Input("columns", default=0, min=0, max=256, tooltip="Columns side by side before a new band. Neutral: 0, all."),
+            ],
+            outputs=[
+                io.Image.Output("sheet", display_name="sheet", tooltip="The page."),
+                io.String.Output("json", display_name="json", tooltip="Where each label's pictures lie on the page, in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, title, side, columns, labels=None) -> io.NodeOutput:
+        title, side, columns = title[0], side[0], columns[0]
+        batches = [batch if batch.ndim == 4 else batch[None] for batch in images]
+        if len(batches) == 1:
+            batches = list(batches[0].split(1))
+        labels = [str(label) for label in labels or ()] or [str(number) for number in range(1, len(batches) + 1)]
+        if len(labels) != len(batches):
+            raise ValueError(f"There are {len(labels)} labels for {len(batches)} pictures. Connect both from the same list, or no labels.")
+        made = lay_out(batches, labels, title, side, columns)
+        placed = json.dumps({"title": title, "size": [made.page.shape[2], made.page.shape[1]], "columns": made.columns})
+        return io.NodeOutput(made.page, placed, ui=ui.PreviewImage(made.page, cls=cls))
+
+
+NODES = [Slider, SliderPrompts, SliderSweep, Sheet]

@@ -51,5 +51,6 @@ def test_no_word_is_a_command_to_the_frontend():
     """Its translations give `@`, `|` and braces a meaning of their own."""
     told = json.dumps(node_words())
     assert [sign for sign in "@|" if sign in told] == []
-    texts = [text for node in node_words().values() for text in (node["description"], *(i.get("tooltip", "") for i in node["inputs"].values()))]
+    nodes = node_words().values()
+    texts = [text for node in nodes for text in (node["description"], *(i.get("tooltip", "") for i in node["inputs"].values()))]
     assert [text for text in texts if "{" in text] == []

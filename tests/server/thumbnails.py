@@ -28,8 +28,13 @@ VARIED = {
 }
 
 
+PAGES = ("slider_sweep",)  # examples that make one page of many pictures
+
+
 def thumbnail(client: Client, name: str) -> Image.Image:
-    """Two by two pictures of the example, each with another value of the input that it is about."""
+    """Two by two pictures of the example, each with another value of the input that it is about; or its page."""
+    if name in PAGES:
+        return page(client, example(name))
     node_id, name_of_input, values = VARIED[name]
     drawn = []
     for value in values:
@@ -37,6 +42,15 @@ def thumbnail(client: Client, name: str) -> Image.Image:
         graph[node_id]["inputs"][name_of_input] = value
         drawn.append(picture(client, graph))
     return Image.fromarray(np.vstack([np.hstack(drawn[:2]), np.hstack(drawn[2:])]))
+
+
+def page(client: Client, graph: dict) -> Image.Image:
+    run = client.run(graph)
+    drawn = Image.fromarray(pixels(client.pictures(run)[0]))
+    drawn.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    square = Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")
+    square.paste(drawn, (0, (2 * SIDE - drawn.height) // 2))
+    return square
 
 
 def picture(client: Client, graph: dict) -> np.ndarray:
@@ -52,7 +66,7 @@ def main(names: list[str]) -> None:
     from host_process import HostProcess
 
     with tempfile.TemporaryDirectory() as base, HostProcess(Path(base)) as host, Client(host.url) as client:
-        for name in names or VARIED:
+        for name in names or (*VARIED, *PAGES):
             thumbnail(client, name).save(WORKFLOWS / f"{name}.jpg", quality=QUALITY)
 
 
