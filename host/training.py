@@ -1,0 +1,297 @@
+"""Adapters trained on a host model: one loop for all that learns, and what it needs of the model.
+
+The host runs nodes in inference mode, and what was loaded there can have no gradient: a `Trainee` works on a copy that can. Everything else
+of the host's stays: its layers cast their weights as they do when they sample, patches of other LoRA files are in the weights, and the
+model's own `apply_model` makes the predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.conds
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import nn
+
+from .families import family_of
+
+LOST = 20.0  # times the loss that training began with: past that it diverges
+GOOD_EVERY = 25  # steps between states that a diverging training goes back to
+CHECKED = 20  # losses that are compared with those it began with
+CLIP_NORM = 1.0
+
+
+class TrainingError(ValueError):
+    """A training that cannot be begun or went wrong, and what to do about it."""
+
+
+class Adapter(nn.Module):
+    """A layer's low-rank pair while it trains, in float32; its `plain` forward and what is added to it, at one strength for each picture."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        convolution = isinstance(layer, nn.Conv2d)
+        outputs, inputs = (layer.out_channels, layer.in_channels) if convolution else (layer.out_features, layer.in_features)
+        kernel = tuple(layer.kernel_size) if convolution else ()
+        rank = min(rank, inputs, outputs)
+        fan_in = inputs * math.prod(kernel)
+        # Kaiming with a = sqrt(5), as published trainers draw it: uniform within 1 / sqrt(fan in).
+        down = (2 * torch.rand(rank, inputs, *kernel, generator=generator) - 1) / math.sqrt(fan_in)
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(torch.zeros(outputs, rank, *(1 for _ in kernel)))
+        self.alpha, self.scale = alpha, alpha / rank
+        self.how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation} if convolution else None
+        self.plain = layer.forward
+
+    def forward(self, x, *args, strength: float = 0.0, **kwargs):
+        y = self.plain(x, *args, **kwargs)
+        if not strength:
+            return y
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if self.how is None:
+            low = nn.functional.linear(nn.functional.linear(x, down), up)
+        else:
+            low = nn.functional.conv2d(nn.functional.conv2d(x, down, **self.how), up)
+        return y + (strength * self.scale) * low
+
+
+class Trainee:
+    """A model with adapters on its layers, for as long as the context lasts.
+
+    adapters  by module name (from the host's BaseModel)
+    device    where it computes
+    """
+
+    def __init__(self, patcher, chosen: Callable[[str, nn.Module], bool], *, rank: int, alpha: float, seed: int):
+        self.family = family_of(patcher.model)
+        self.patcher = _trainable(patcher)
+        self.chosen, self.rank, self.alpha, self.seed = chosen, rank, alpha, seed
+        self.strength = 0.0
+        self.adapters: dict[str, Adapter] = {}
+
+    def __enter__(self) -> Trainee:
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_in_training())
+            comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+            self.model = self.patcher.model
+            self.device = self.patcher.load_device
+            self.model.requires_grad_(False)
+            for name, module in self.model.named_modules():
+                if name.rsplit(".", 1)[-1] in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"):
+                    # The Flux blocks write in place into what these norms keep for the backward pass: gradients would be wrong.
+                    stack.callback(module.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])).remove)
+            generator = torch.Generator().manual_seed(self.seed)
+            layers = [(name, layer) for name, layer in self.model.named_modules() if _adaptable(layer) and self.chosen(name, layer)]
+            if not layers:
+                raise TrainingError(f"None of this model's layers ({self.family.name}) can be trained with these settings.")
+            for name, layer in layers:
+                adapter = self.adapters[name] = Adapter(layer, self.rank, self.alpha, generator).to(self.device)
+                layer.forward = self._forward(adapter)
+                stack.callback(vars(layer).pop, "forward", None)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def _forward(self, adapter: Adapter):
+        return lambda *args, **kwargs: adapter(*args, strength=self.strength, **kwargs)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for adapter in self.adapters.values() for parameter in (adapter.down, adapter.up)]
+
+    @property
+    def sampling(self):
+        return self.model.model_sampling
+
+    def noise(self, batch: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+        """(batch, channels, height, width) of unit variance; lengths are those of the latent."""
+        return torch.randn(batch, self.model.latent_format.latent_channels, height, width, generator=generator).to(self.device)
+
+    def condition(self, context: torch.Tensor, pooled: torch.Tensor | None, like: torch.Tensor) -> dict[str, Any]:
+        """What `predict` takes for texts (batch, rows, width), as the family reads them. `like`: the latents that it will be asked about."""
+        given = {"cross_attn": context.clone().to(self.device), "noise": like, "device": self.device, "prompt_type": "positive"}
+        given |= {"width": like.shape[-1] * 8, "height": like.shape[-2] * 8}
+        if pooled is not None:
+            given["pooled_output"] = pooled.clone().to(self.device)
+        conds = self.model.extra_conds(**given)
+        return {name: cond.process_cond(batch_size=len(like), device=self.device, area=None).cond for name, cond in conds.items()}
+
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], strength: float) -> torch.Tensor:
+        """What the model predicts at x (batch, channels, height, width) with noise `sigma` (batch,): the noise, for a flow the velocity,
+        both as (x - x0) / sigma.
+        """
+        self.strength = strength
+        try:
+            clean = self.model.apply_model(x, sigma, **condition, transformer_options={})
+        finally:
+            self.strength = 0.0
+        return (x - clean) / sigma[:, None, None, None]
+
+    def state(self, name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
+        """The adapters as a LORA_MODEL under published names."""
+        state = {}
+        for module, adapter in self.adapters.items():
+            name = name_of(module)
+            state[f"{name}.lora_down.weight"] = adapter.down.detach().cpu().clone()
+            state[f"{name}.lora_up.weight"] = adapter.up.detach().cpu().clone()
+            state[f"{name}.alpha"] = torch.tensor(float(adapter.alpha))
+        return state
+
+
+class Outcome(NamedTuple):
+    """How a training ended: its losses, and what to tell about it."""
+
+    losses: list[float]
+    told: list[str]
+
+
+class Loop:
+    """Steps of AdamW on parameters, with a checkpoint to resume from after a cancel, and a way back from a divergence.
+
+    identity  what the training is of, as JSON: a checkpoint of another one is not resumed
+    file      where the checkpoint lies; None: none is kept
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, steps: int, rate: float, identity: Mapping[str, Any], file: Path | None):
+        self.parameters, self.steps, self.file = list(parameters), steps, file
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.identity = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.losses: list[float] = []
+        self.good: tuple[int, list[torch.Tensor]] = (0, self._copies())
+        self.resumed = 0
+
+    def run(
+        self,
+        loss_of: Callable[[int], Sequence[Callable[[], torch.Tensor]]],
+        *,
+        carried: Callable[[], dict[str, torch.Tensor]] = dict,
+        carry: Callable[[dict[str, torch.Tensor]], None] = lambda state: None,
+        each: Callable[[int], None] = lambda step: None,
+    ) -> Outcome:
+        """Train to the last step. `loss_of` gives the losses of a step, each of which is differentiated by itself and added up; `carried`
+        and `carry` save and restore what the caller has between steps (random states, points of paths); `each` is called after every
+        step, may show a preview and may raise to cancel.
+        """
+        self._resume(carry)
+        told = [f"Resumed at step {self.resumed}."] if self.resumed else []
+        try:
+            for step in range(len(self.losses), self.steps):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self.optimizer.zero_grad(set_to_none=True)
+                total = 0.0
+                for part in loss_of(step):
+                    loss = part()
+                    loss.backward()
+                    total += float(loss.detach())
+                self.losses.append(total)
+                if self._diverged():
+                    told.append(self._go_back())
+                    break
+                torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+                self.optimizer.step()
+                if (step + 1) % GOOD_EVERY == 0:
+                    self.good = step + 1, self._copies()
+                each(step)
+        except BaseException:
+            self._save(carried)
+            raise
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+        return Outcome(self.losses, told)
+
+    def _diverged(self) -> bool:
+        if not math.isfinite(self.losses[-1]):
+            return True
+        first, last = self.losses[:CHECKED], self.losses[-CHECKED:]
+        return len(self.losses) >= 2 * CHECKED and min(last) > LOST * max(max(first), 1e-8)
+
+    def _go_back(self) -> str:
+        step, copies = self.good
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters, copies, strict=True):
+                parameter.copy_(kept)
+        return (
+            f"Stopped at step {len(self.losses)} of {self.steps}: the loss went from {self.losses[0]:.3g} to {self.losses[-1]:.3g}. What is "
+            f"kept is the state after step {step}. Train again with a lower learning rate."
+        )
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def _save(self, carried: Callable[[], dict[str, torch.Tensor]]) -> None:
+        if self.file is None or not self.losses:
+            return
+        state = {
+            "identity": self.identity,
+            "losses": self.losses,
+            "parameters": self._copies(),
+            "optimizer": self.optimizer.state_dict(),
+            "carried": carried(),
+        }
+        part = self.file.with_suffix(".part")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, part)
+            os.replace(part, self.file)
+        except OSError:
+            part.unlink(missing_ok=True)  # a full disk loses the checkpoint, and must not hide why the training stopped
+
+    def _resume(self, carry: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        if self.file is None or not self.file.exists():
+            return
+        try:
+            state = torch.load(self.file, weights_only=True, map_location="cpu")
+        except Exception:  # cut short or not ours: begin anew
+            return
+        if state.get("identity") != self.identity:
+            return
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(kept)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.resumed = list(state["losses"]), len(state["losses"])
+        self.good = self.resumed, self._copies()
+        carry(state["carried"])
+
+
+@contextlib.contextmanager
+def _in_training() -> Iterator[None]:
+    """The host's switch for code that keeps gradients."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
+def _trainable(patcher):
+    """A patcher whose weights can be in a graph of gradients: a clone, or a copy from its file where they were made in inference mode."""
+    with torch.inference_mode(False):
+        if not any(parameter.is_inference() for parameter in patcher.model.parameters()):
+            return patcher.clone()
+        if patcher.cached_patcher_init is None:
+            raise TrainingError(
+                "This model was loaded by a node that does not say how to load it again, which training needs. Load it with one of the "
+                "host's own loaders."
+            )
+        return patcher.clone(force_deepcopy=True)
+
+
+def _adaptable(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear)
