@@ -20,6 +20,7 @@ class Family(NamedTuple):
     renamed        prefixes of published files that the host does not know -> the host's
     rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
+    slider_layers  pattern of the modules that published sliders of the family adapt
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -31,6 +32,7 @@ class Family(NamedTuple):
     renamed: dict[str, str]
     rows: dict[str, str]
     tokenizers: tuple[str, ...]
+    slider_layers: str
     slider_start: float
 
 
@@ -43,6 +45,9 @@ UNET_LAYERS = {
 }
 
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
+# "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
+UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
     "text": r"\.txt_|^txt_in$",
@@ -59,6 +64,7 @@ FAMILIES = (
         renamed={},
         rows=UNET_ROWS,
         tokenizers=("l",),
+        slider_layers=UNET_SLIDER,
         slider_start=0.2,
     ),
     Family(
@@ -70,6 +76,7 @@ FAMILIES = (
         renamed={},
         rows=UNET_ROWS,
         tokenizers=("l", "g"),
+        slider_layers=UNET_SLIDER,
         slider_start=0.25,
     ),
     Family(
@@ -81,6 +88,7 @@ FAMILIES = (
         renamed={"lora_unet_": "lora_transformer_"},
         rows=FLUX_ROWS,
         tokenizers=("t5xxl", "l"),
+        slider_layers=FLUX_SLIDER,
         slider_start=0.05,
     ),
 )

@@ -69,7 +69,12 @@ class Ways:
     def walk(self, prediction: torch.Tensor, step: int) -> None:
         """One Euler step along predictions (batch, channels, height, width); ways that are at their end begin anew."""
         later = torch.cat([self.sigmas, self.sigmas.new_zeros(1)])[self.at.to(self.sigmas.device) + 1]
-        x, at, ends, entry = self.x + (later - self.sigma)[:, None, None, None] * prediction, self.at + 1, self.ends.clone(), self.entry.clone()
+        x, at, ends, entry = (
+            self.x + (later - self.sigma)[:, None, None, None] * prediction,
+            self.at + 1,
+            self.ends.clone(),
+            self.entry.clone(),
+        )
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 1)
         for way in (at >= ends).nonzero().flatten().tolist():
             x[way], at[way], ends[way] = self._noise(generator)[0], 0, PATH
@@ -87,7 +92,9 @@ class Ways:
 class TextObjective:
     """The losses of a step, for `training.Loop`."""
 
-    def __init__(self, trainee: Trainee, entries: Sequence[Entry], empty: Text, ways: Ways, *, eta: float, strengths: Sequence[float] = (1.0,)):
+    def __init__(
+        self, trainee: Trainee, entries: Sequence[Entry], empty: Text, ways: Ways, *, eta: float, strengths: Sequence[float] = (1.0,)
+    ):
         self.trainee, self.entries, self.empty, self.ways, self.eta, self.strengths = trainee, entries, empty, ways, eta, tuple(strengths)
         self._next: tuple[torch.Tensor, int] | None = None
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class TrainingError(ValueError):
 
 
 class Adapter(nn.Module):
-    """A layer's low-rank pair while it trains, in float32; its `plain` forward and what is added to it, at one strength for each picture."""
+    """A layer's low-rank pair while it trains, in float32, beside the layer's `plain` forward."""
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -65,16 +66,16 @@ class Adapter(nn.Module):
 
 
 class Trainee:
-    """A model with adapters on its layers, for as long as the context lasts.
+    """A model with adapters on the layers that a pattern names, for as long as the context lasts.
 
     adapters  by module name (from the host's BaseModel)
     device    where it computes
     """
 
-    def __init__(self, patcher, chosen: Callable[[str, nn.Module], bool], *, rank: int, alpha: float, seed: int):
+    def __init__(self, patcher, layers: str, *, rank: int, alpha: float, seed: int):
         self.family = family_of(patcher.model)
         self.patcher = _trainable(patcher)
-        self.chosen, self.rank, self.alpha, self.seed = chosen, rank, alpha, seed
+        self.layers, self.rank, self.alpha, self.seed = layers, rank, alpha, seed
         self.strength = 0.0
         self.adapters: dict[str, Adapter] = {}
 
@@ -93,7 +94,7 @@ class Trainee:
                     # The Flux blocks write in place into what these norms keep for the backward pass: gradients would be wrong.
                     stack.callback(module.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:])).remove)
             generator = torch.Generator().manual_seed(self.seed)
-            layers = [(name, layer) for name, layer in self.model.named_modules() if _adaptable(layer) and self.chosen(name, layer)]
+            layers = [(name, layer) for name, layer in self.model.named_modules() if _adaptable(layer) and self._is_chosen(name)]
             if not layers:
                 raise TrainingError(f"None of this model's layers ({self.family.name}) can be trained with these settings.")
             for name, layer in layers:
@@ -105,6 +106,9 @@ class Trainee:
 
     def __exit__(self, *_) -> None:
         self._stack.close()
+
+    def _is_chosen(self, name: str) -> bool:
+        return name.startswith("diffusion_model.") and re.search(self.layers, name.removeprefix("diffusion_model.")) is not None
 
     def _forward(self, adapter: Adapter):
         return lambda *args, **kwargs: adapter(*args, strength=self.strength, **kwargs)
@@ -121,7 +125,7 @@ class Trainee:
         return torch.randn(batch, self.model.latent_format.latent_channels, height, width, generator=generator).to(self.device)
 
     def condition(self, context: torch.Tensor, pooled: torch.Tensor | None, like: torch.Tensor) -> dict[str, Any]:
-        """What `predict` takes for texts (batch, rows, width), as the family reads them. `like`: the latents that it will be asked about."""
+        """What `predict` takes for texts (batch, rows, width), as the family reads them. `like`: the latents to predict at."""
         given = {"cross_attn": context.clone().to(self.device), "noise": like, "device": self.device, "prompt_type": "positive"}
         given |= {"width": like.shape[-1] * 8, "height": like.shape[-2] * 8}
         if pooled is not None:
@@ -224,8 +228,8 @@ class Loop:
             for parameter, kept in zip(self.parameters, copies, strict=True):
                 parameter.copy_(kept)
         return (
-            f"Stopped at step {len(self.losses)} of {self.steps}: the loss went from {self.losses[0]:.3g} to {self.losses[-1]:.3g}. What is "
-            f"kept is the state after step {step}. Train again with a lower learning rate."
+            f"Stopped at step {len(self.losses)} of {self.steps}: the loss went from {self.losses[0]:.3g} to {self.losses[-1]:.3g}. "
+            f"What is kept is the state after step {step}. Train again with a lower learning rate."
         )
 
     def _copies(self) -> list[torch.Tensor]:
@@ -265,6 +269,29 @@ class Loop:
         self.losses, self.resumed = list(state["losses"]), len(state["losses"])
         self.good = self.resumed, self._copies()
         carry(state["carried"])
+
+
+def published_names(model) -> Callable[[str], str]:
+    """Module name (from the host's BaseModel) -> its name in published LoRA files: `lora_unet_<diffusers path>` for a UNet, and
+    `lora_unet_<module>` for any other model; the host reads both.
+    """
+    config = getattr(model.model_config, "unet_config", {})
+    paths = comfy.utils.unet_to_diffusers(config) if "num_res_blocks" in config else {}
+    names = {ours.removesuffix(".weight"): theirs.removesuffix(".weight") for theirs, ours in paths.items()}
+
+    def name_of(module: str) -> str:
+        own = module.removeprefix("diffusion_model.")
+        return "lora_unet_" + names.get(own, own).replace(".", "_")
+
+    return name_of
+
+
+def memory_needed(trainee_model, adapters: int, shape: Sequence[int]) -> dict[str, float]:
+    """Bytes by what they are for: the weights, the adapters with their gradients and optimiser, and a guess at one step's activations,
+    which is what the host reckons for a call of this shape, kept for all of the backward pass.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trainee_model.parameters())
+    return {"weights": weights, "adapters": adapters * 4 * 4, "activations": 2.0 * trainee_model.memory_required(list(shape))}
 
 
 @contextlib.contextmanager
