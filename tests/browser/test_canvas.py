@@ -312,6 +312,17 @@ class TestRegions:
         assert region["prompt"] == "a large tok on the left"
         assert region["loras"] == [{"file": ROBOT, "model": 0.75}]
 
+    def test_a_click_on_another_regions_name_selects_it(self, painter):
+        painter.press("n", "n")
+        names = painter.page.locator(".concept-canvas-row input[type=text]")
+        names.nth(1).click()
+        painter.page.keyboard.press("h")
+        assert [region.get("visible", True) for region in painter.document["regions"]] == [True, False]
+        names.nth(1).click()
+        painter.page.keyboard.type("cat")
+        painter.page.keyboard.press("Enter")
+        assert painter.names() == ["region 2", "cat"]
+
     def test_tab_goes_from_a_name_to_that_regions_prompt(self, painter):
         painter.press("n", "n", "Enter")
         painter.page.keyboard.type("cat")

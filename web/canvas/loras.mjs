@@ -7,10 +7,10 @@ import { say } from "./strings.mjs";
 const MOST_MATCHES = 50;
 
 export class Loras {
-  /** @param {(loras: object[], topic: string | null) => void} change @param {() => Promise<string[]>} listFiles the host's own list
+  /** @param {import("./editor.mjs").Editor} editor @param {() => Promise<string[]>} listFiles the host's own list
    *  @param {() => void} back gives the keyboard back to the stage */
-  constructor(change, listFiles, back) {
-    Object.assign(this, { change, listFiles, back });
+  constructor(editor, listFiles, back) {
+    Object.assign(this, { editor, listFiles, back });
     this.files = null;
     this.loras = [];
     this.rows = make("div");
@@ -31,6 +31,15 @@ export class Loras {
     this.element = make("div", {}, make("div", { className: "concept-canvas-heads" }, title, this.columns), this.rows, this.find, this.matches);
   }
 
+  change(loras, topic) {
+    this.editor.update(this.editor.selected, { loras }, topic);
+  }
+
+  /** Folders that LoRAs of the document lie in: its other files most likely do, too. */
+  get folders() {
+    return new Set(this.editor.regions.flatMap((region) => region.loras.map((lora) => folderOf(lora.file))));
+  }
+
   async load() {
     try {
       this.files = await this.listFiles();
@@ -38,12 +47,15 @@ export class Loras {
       this.files = null; // nothing is called missing where the list itself is
     }
     this.match();
-    this.show(this.loras);
+    this.show(this.loras, this.read);
   }
 
   match() {
     const words = this.find.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = (this.files ?? []).filter((file) => words.every((word) => file.toLowerCase().includes(word)));
+    const { folders } = this;
+    const found = (this.files ?? [])
+      .filter((file) => words.every((word) => file.toLowerCase().includes(word)))
+      .sort((one, other) => folders.has(folderOf(other)) - folders.has(folderOf(one)));
     this.at = 0;
     this.matches.replaceChildren(
       ...found.slice(0, MOST_MATCHES).map((file, index) =>
@@ -84,8 +96,9 @@ export class Loras {
     }
   }
 
-  show(loras) {
-    this.loras = loras;
+  /** @param {object[]} loras @param {boolean} read whether the region has a prompt of its own, for their text parts to act on */
+  show(loras, read) {
+    Object.assign(this, { loras, read });
     this.columns.hidden = !loras.length;
     const same = this.rows.children.length === loras.length && loras.every((lora, i) => this.rows.children[i].dataset.file === lora.file);
     if (!same) this.rows.replaceChildren(...loras.map((lora, index) => this.row(lora, index)));
@@ -94,6 +107,7 @@ export class Loras {
       const [model, clip] = row.querySelectorAll("input");
       if (document.activeElement !== model) fill(model, lora.model);
       if (document.activeElement !== clip) fill(clip, lora.clip);
+      clip.disabled = !read;
       const missing = this.files !== null && !this.files.includes(lora.file);
       row.toggleAttribute("data-missing", missing);
       row.firstChild.title = missing ? `${lora.file}: ${say("missingLora")}` : lora.file;
@@ -132,6 +146,10 @@ export class Loras {
       }),
     );
   }
+}
+
+function folderOf(file) {
+  return file.slice(0, file.lastIndexOf("/") + 1);
 }
 
 /** A file's path, cut at its beginning where room is short: its end is what tells files apart. */

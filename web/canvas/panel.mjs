@@ -201,12 +201,14 @@ export class Panel {
   }
 
   wheel(event) {
-    const field = event.target.closest("textarea:not(.concept-canvas-keys), .concept-canvas-side, .concept-canvas-sheet");
-    if (field && field.scrollHeight > field.clientHeight && !event.ctrlKey) {
+    const scrolls = (field) => field && field.scrollHeight > field.clientHeight;
+    const field = event.target.closest("textarea:not(.concept-canvas-keys), .concept-canvas-report, .concept-canvas-side, .concept-canvas-sheet");
+    const focused = this.element.contains(document.activeElement);
+    if (!event.ctrlKey && (scrolls(field) || (focused && !this.stageBox.contains(event.target)))) {
       event.stopPropagation();
       return;
     }
-    if (!this.element.contains(document.activeElement)) {
+    if (!focused) {
       if (this.host.passWheel(event)) event.preventDefault();
       return;
     }

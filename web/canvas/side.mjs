@@ -63,6 +63,7 @@ export class Side {
     const text = (key) =>
       make("textarea", {
         rows: 2,
+        placeholder: say("emptyText"),
         dataset: { field: key },
         on: {
           input: ({ target }) => editor.update(editor.selected, { [key]: target.value }, key),
@@ -88,7 +89,7 @@ export class Side {
     this.negative = text("negative");
     this.weight = share("weight");
     this.feather = share("feather");
-    this.loras = new Loras((loras, topic) => editor.update(editor.selected, { loras }, topic), listFiles, this.back);
+    this.loras = new Loras(editor, listFiles, this.back);
     return make(
       "div",
       { className: "concept-canvas-fields" },
@@ -122,7 +123,7 @@ export class Side {
       field.removeAttribute("data-wrong");
     }
     this.feather.disabled = region.rest;
-    this.loras.show(region.loras);
+    this.loras.show(region.loras, region.prompt.trim() !== "");
   }
 
   row(index) {
@@ -152,6 +153,9 @@ export class Side {
         title: say("name"),
         dataset: { field: "name" },
         on: {
+          // A click on another region's name selects the region; a click on the selected one's, its text.
+          pointerdown: () => (this.picking = index !== editor.selected),
+          mousedown: (event) => this.picking && (event.preventDefault(), this.back()),
           focus: ({ target }) => (editor.select(index), target.select()),
           // Taken over when it is finished: on the way to "region 12" lies "region 1".
           input: ({ target }) => target.toggleAttribute("data-wrong", !editor.canBeNamed(index, target.value)),

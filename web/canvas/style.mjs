@@ -21,8 +21,8 @@ export const STYLE = `
 .concept-canvas-size { flex: 0 0 auto; opacity: 0.6; font-variant-numeric: tabular-nums; }
 .concept-canvas-hint { flex: 1 1 0; min-width: 0; min-height: 16px; opacity: 0.75; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .concept-canvas-hint[data-loud] { opacity: 1; color: var(--error-text, #ff8a80); }
-.concept-canvas-common { padding-top: 5px; border-top: 1px solid var(--border-color, #444); }
-.concept-canvas-report { flex: 0 0 auto; max-height: 150px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
+.concept-canvas .concept-canvas-common { flex: 1 0 auto; padding-top: 5px; border-top: 1px solid var(--border-color, #444); }
+.concept-canvas-report { flex: 1 1 90px; min-height: 90px; height: 0; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text;
   padding: 4px 6px; border-radius: 5px; background: var(--comfy-input-bg, #222); opacity: 0.85; }
 .concept-canvas-side { flex: 0 0 42%; max-width: 260px; min-width: 150px; display: flex; flex-direction: column; gap: 4px; overflow-y: auto; overflow-x: hidden; }
 .concept-canvas-list { display: flex; flex-direction: column; gap: 2px; flex: 0 0 auto; max-height: 40%; overflow-y: auto; }
@@ -38,8 +38,10 @@ export const STYLE = `
 .concept-canvas-row input[type="text"] { background: transparent; border-color: transparent; }
 .concept-canvas-row input[type="text"]:focus { background: var(--comfy-input-bg, #222); border-color: var(--border-color, #666); }
 .concept-canvas :is(input, textarea)[data-wrong] { border-color: var(--error-text, #ff6b6b) !important; }
+.concept-canvas ::placeholder { color: inherit; opacity: 0.45; }
+.concept-canvas input:disabled { opacity: 0.45; }
 .concept-canvas textarea { resize: vertical; min-height: 44px; }
-.concept-canvas-bar select { width: auto; max-width: 190px; height: 26px; }
+.concept-canvas-bar select { width: auto; max-width: 220px; height: 26px; }
 .concept-canvas-fields { display: flex; flex-direction: column; gap: 4px; flex: 0 0 auto; }
 .concept-canvas-fields label { display: flex; flex-direction: column; gap: 1px; }
 .concept-canvas-fields label > span, .concept-canvas-title { opacity: 0.75; font-size: 11px; }

@@ -330,8 +330,8 @@ class Brush extends Tool {
   }
 
   hover(point) {
-    const radius = this.view.radius(this.desk.brush.radius);
     this.stage.overlay = (context) => {
+      const radius = this.view.radius(this.desk.brush.radius);
       if (this.stroke && !this.stroke.mine) {
         context.globalAlpha = 0.5;
         this.begun(context);
