@@ -116,6 +116,15 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in (adapter.down, adapter.up)]
 
+    def memory(self, shape: Sequence[int]) -> dict[str, float]:
+        """Megabytes by what they are for: the weights; the adapters with gradients and optimiser; a guess at one step on latents of a
+        shape, twice what the host reckons for sampling them.
+        """
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+        adapters = 16 * sum(parameter.numel() for parameter in self.parameters())
+        step = 2.0 * self.model.memory_required(list(shape))
+        return {"weights": weights / 1e6, "adapters and optimiser": adapters / 1e6, "one step": step / 1e6}
+
     @property
     def sampling(self):
         return self.model.model_sampling
@@ -284,14 +293,6 @@ def published_names(model) -> Callable[[str], str]:
         return "lora_unet_" + names.get(own, own).replace(".", "_")
 
     return name_of
-
-
-def memory_needed(trainee_model, adapters: int, shape: Sequence[int]) -> dict[str, float]:
-    """Bytes by what they are for: the weights, the adapters with their gradients and optimiser, and a guess at one step's activations,
-    which is what the host reckons for a call of this shape, kept for all of the backward pass.
-    """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in trainee_model.parameters())
-    return {"weights": weights, "adapters": adapters * 4 * 4, "activations": 2.0 * trainee_model.memory_required(list(shape))}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import comfy.utils
@@ -15,6 +16,7 @@ from ..host.slider_training import Entry, Text, TextObjective, Ways
 from ..host.training import Loop, Trainee, TrainingError, published_names
 from ._shared import LORA_MODEL
 
+log = logging.getLogger("concept_nodes")
 PUBLISHED, BOTH, ERASE, ABLATE = "published", "both poles", "erase", "ablate"
 STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), ERASE: (1.0,), ABLATE: (1.0,)}
 SUBFOLDER = "concept_nodes"
@@ -42,7 +44,7 @@ class SliderTrainText(io.ComfyNode):
                     "target",
                     default="{}",
                     multiline=True,
-                    tooltip="What the slider acts on. {} stands for each line of `preserve` in turn, in all three prompts.",
+                    tooltip="What the slider acts on. A pair of curly braces stands for each line of `preserve` in turn, in all three.",
                 ),
                 io.String.Input("more", default="", multiline=True, tooltip="The target with more of the concept: where strength 1 leads."),
                 io.String.Input("less", default="", multiline=True, tooltip="The target with less of the concept."),
@@ -158,6 +160,8 @@ def train(model, clip, settings: dict, file: Path | None):
         down = model.model.latent_format.spacial_downscale_ratio
         size = settings["height"] // down, settings["width"] // down
         ways = Ways(trainee, len(entries), settings["batch"], size, settings["seed"])
+        needs = trainee.memory((settings["batch"] * 3, *ways.x.shape[1:]))
+        log.info("Training needs about %s.", ", ".join(f"{size:.0f} MB for {what}" for what, size in needs.items()))
         text = TextObjective(trainee, entries, empty, ways, eta=eta, strengths=STRENGTHS[kind])
         loop = Loop(trainee.parameters(), steps=settings["steps"], rate=settings["learning_rate"], identity=identity, file=file)
 
@@ -170,6 +174,7 @@ def train(model, clip, settings: dict, file: Path | None):
         layers = len(trainee.adapters)
     first, last = (sum(part) / len(part) for part in (outcome.losses[:20], outcome.losses[-20:]))
     told = [
+        f"Needed about {', '.join(f'{size:.0f} MB for {what}' for what, size in needs.items())}.",
         f"Trained {len(outcome.losses)} steps of {settings['batch']} on {layers} layers of {family.name}, {len(entries)} prompts; "
         f"loss {first:.3g} in the first steps, {last:.3g} in the last.",
         *outcome.told,

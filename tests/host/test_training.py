@@ -232,7 +232,7 @@ class TestNode:
         lora, losses, file, report = output.result
         assert len(losses["loss"]) == 3
         assert file == str(places / "output" / "loras" / "concept_nodes" / "light.safetensors")
-        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "2 prompts", "Saved as"):
+        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "2 prompts", "Saved as", "MB for weights"):
             assert part in report
         slid = Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0]
         assert slid is not model
