@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ import comfy.conds
 import comfy.model_management
 import comfy.utils
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .families import family_of
@@ -247,37 +248,41 @@ class Loop:
     def _save(self, carried: Callable[[], dict[str, torch.Tensor]]) -> None:
         if self.file is None or not self.losses:
             return
-        state = {
-            "identity": self.identity,
-            "losses": self.losses,
-            "parameters": self._copies(),
-            "optimizer": self.optimizer.state_dict(),
-            "carried": carried(),
-        }
+        kept = {f"parameter.{number}": tensor for number, tensor in enumerate(self._copies())}
+        for number, parameter in enumerate(self.parameters):
+            kept |= {f"{key}.{number}": torch.as_tensor(value) for key, value in self.optimizer.state[parameter].items()}
+        kept |= {f"carried.{name}": tensor for name, tensor in carried().items()}
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         part = self.file.with_suffix(".part")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, part)
-            os.replace(part, self.file)
-        except OSError:
+            save_file(kept, part, metadata={"identity": self.identity, "losses": json.dumps(self.losses)})
+            part.replace(self.file)
+        except (OSError, SafetensorError):
             part.unlink(missing_ok=True)  # a full disk loses the checkpoint, and must not hide why the training stopped
 
     def _resume(self, carry: Callable[[dict[str, torch.Tensor]], None]) -> None:
         if self.file is None or not self.file.exists():
             return
         try:
-            state = torch.load(self.file, weights_only=True, map_location="cpu")
-        except Exception:  # cut short or not ours: begin anew
+            with safe_open(self.file, framework="pt") as file:
+                told = file.metadata() or {}
+                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        except (OSError, SafetensorError):  # cut short or not ours: begin anew
             return
-        if state.get("identity") != self.identity:
+        if told.get("identity") != self.identity:
             return
         with torch.no_grad():
-            for parameter, kept in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(kept)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses, self.resumed = list(state["losses"]), len(state["losses"])
+            for number, parameter in enumerate(self.parameters):
+                parameter.copy_(kept[f"parameter.{number}"])
+                self.optimizer.state[parameter] = {
+                    "step": kept[f"step.{number}"],
+                    **{key: kept[f"{key}.{number}"].to(parameter) for key in ("exp_avg", "exp_avg_sq")},
+                }
+        self.losses = json.loads(told["losses"])
+        self.resumed = len(self.losses)
         self.good = self.resumed, self._copies()
-        carry(state["carried"])
+        carry({name.removeprefix("carried."): tensor for name, tensor in kept.items() if name.startswith("carried.")})
 
 
 def published_names(model) -> Callable[[str], str]:

@@ -10,6 +10,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
+from safetensors import SafetensorError
 
 from ..host.families import family_of
 from ..host.slider_training import Entry, Text, TextObjective, Ways
@@ -107,8 +108,11 @@ class SliderTrainText(io.ComfyNode):
             "objective": f"{objective}, eta {eta:g}, {steps} steps of {batch}, learning rate {learning_rate:g}, seed {seed}",
             "base": family_of(model.model).name,
         }
-        path = saved(lora, stem, about)
-        report = "\n".join([*told, f"Saved as {path}."])
+        try:
+            path, where = saved(lora, stem, about), "Saved as {}."
+        except OSError as error:  # the training is not to be lost for that
+            path, where = folder() / f"{stem}.safetensors", f"NOT saved as {{}} ({error}): save it from the lora output, or make room."
+        report = "\n".join([*told, where.format(path)])
         return io.NodeOutput(lora, {"loss": losses}, str(path), report, ui=ui.PreviewText(report))
 
 
@@ -195,19 +199,25 @@ def folder() -> Path:
 
 
 def checkpoint(stem: str) -> Path:
-    return Path(folder_paths.get_user_directory()) / SUBFOLDER / "training" / f"{stem}.pt"
+    return Path(folder_paths.get_user_directory()) / SUBFOLDER / "training" / f"{stem}.safetensors"
 
 
 def saved(lora: dict[str, torch.Tensor], stem: str, about: dict) -> Path:
-    """Write the file; one of the same name is kept beside it under the next number."""
+    """Write the file; one of the same name is kept beside it under the next number. Raises OSError."""
     path = folder() / f"{stem}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        comfy.utils.save_torch_file(lora, str(part), metadata={"format": "pt", "concept_nodes": json.dumps(about)})
+    except SafetensorError as error:  # which is what a full disk is to safetensors
+        part.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
     if path.exists():
         number = 1
         while (kept := path.with_name(f"{stem}_{number:05}.safetensors")).exists():
             number += 1
         path.rename(kept)
-    comfy.utils.save_torch_file(lora, str(path), metadata={"format": "pt", "concept_nodes": json.dumps(about)})
+    part.rename(path)
     return path
 
 

@@ -49,7 +49,7 @@ def test_run_shows_the_picture_and_the_reports(slider):
     assert slider.run_ended == "execution_success"
     assert slider.faults_shown() == []
     assert slider.picture_width(PICTURE) == 64
-    assert "'concept_lab/background.safetensors' at strength 2, in all steps." in slider.report(SLIDER)
+    assert "'concept_lab/background.safetensors' at strength 2, everywhere, in all steps." in slider.report(SLIDER)
     assert "acted in 20 of 20 steps" in slider.report(REPORT)
 
 
