@@ -15,6 +15,7 @@ from ..host.places import Place
 from ..ops.schedule import Schedule
 
 NONE = "none"
+CONNECTED = "the connected lora"
 LORA_MODEL = "LORA_MODEL"
 SLIDER_LIMIT = 10.0
 
@@ -167,10 +168,10 @@ class Hanging(NamedTuple):
     text: str = "own"
     strength_name: str = "strength"
 
-    def put(self, model, kind: str, file_name: str, file: str, lora=None) -> tuple[Any, list[str]]:
-        """A clone of MODEL with the file, or the connected LoRA, on it, and report lines; the model itself where nothing is to be done.
-        `kind` is what reports call it, `file_name` what the node calls its file. Raises ValueError, AdapterError, MissingFile and
-        UnsupportedFamily.
+    def put(self, model, kind: str, file_name: str, file: str, lora=None, label: str = CONNECTED) -> tuple[Any, list[str]]:
+        """A clone of MODEL with the file, or the LoRA given as tensors, on it, and report lines; the model itself where nothing is to be
+        done. `kind` is what reports call it, `file_name` what the node calls its file, `label` what a LoRA given as tensors is called.
+        Raises ValueError, AdapterError, MissingFile and UnsupportedFamily.
         """
         check_numbers(self.strength, self.start_percent, self.end_percent, self.strength_name)
         check_one_source(file_name, file, lora)
@@ -181,7 +182,7 @@ class Hanging(NamedTuple):
         if idle is not None:
             return model, [f"Nothing done: {idle}. The model passes through unchanged."]
 
-        label = file if lora is None else "the connected lora"
+        label = file if lora is None else label
         state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
         placement = adapters.place(model, state, label, self.layers)
         strength, factor = self.strength, f"at strength {self.strength:g}"

@@ -14,12 +14,14 @@ from ..host.poles import GuideEffect, Pole, Poles, windowed
 from ..host.sheet import lay_out
 from ..ops.schedule import Schedule
 from ._shared import (
+    CONNECTED,
     LORA_MODEL,
     NONE,
     SLIDER_LIMIT,
     Hanging,
     check_file,
     check_numbers,
+    check_one_source,
     comparable_input,
     describe_window,
     file_input,
@@ -230,13 +232,17 @@ class SliderSweep(io.ComfyNode):
     def execute(
         cls, model, file, strengths, start_percent, end_percent, lora=None, schedule="", layers=ALL, comparable=False, mask=None
     ) -> io.NodeOutput:
-        told = adapters.about(files.resolve("loras", file)) if file != NONE else {}
+        check_one_source("file", file, lora)
+        told, label = {}, CONNECTED
+        if file != NONE:
+            path = files.resolve("loras", file)
+            told, label, lora = adapters.about(path), file, adapters.read(path)  # once for all strengths
         listed = listed_strengths(strengths, told.get("range"))
         poles = [str(pole) for pole in told.get("poles") or ()]
         swept, report = [], []
         for strength in listed:
             hanging = Hanging(strength, start_percent, end_percent, schedule, layers, comparable, mask)
-            slid, lines = hanging.put(model, "Slider", "file", file, lora)
+            slid, lines = hanging.put(model, "Slider", "file", NONE, lora, label)
             swept.append(slid)
             report = lines if strength else report or lines
         labels = labelled(listed, poles)
