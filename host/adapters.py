@@ -46,6 +46,7 @@ OTHER_KINDS = {
 # What the host's readers raise for bytes that are no LoRA. Others, such as running out of memory, are not the file's fault.
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, struct.error)
 KEYS_SHOWN = 3
+MOST = 10.0  # how far a slider is ever turned
 UNIT = 0.03  # the response (see Placement) at strength 1 in comparable units: about that of the lab's sliders as trained
 
 
@@ -124,13 +125,20 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def about(path: Path) -> dict:
-    """What a file of this pack says of itself in its header (concept, poles, range, objective, base); nothing for any other file."""
+    """What a file of this pack says of itself in its header: its `poles` (two texts) and `range` (two numbers), where it has them."""
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads((file.metadata() or {}).get("concept_nodes", "{}"))
     except (*DAMAGED, OSError):
         return {}
-    return told if isinstance(told, dict) else {}
+    told = told if isinstance(told, dict) else {}
+    poles, span = told.get("poles"), told.get("range")
+    checked = {}
+    if isinstance(poles, list) and len(poles) == 2 and all(isinstance(pole, str) for pole in poles):
+        checked["poles"] = poles
+    if isinstance(span, list) and len(span) == 2 and all(isinstance(end, int | float) and abs(end) <= MOST for end in span):
+        checked["range"] = [float(end) for end in span]
+    return checked
 
 
 def checked(state, label: str) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ class Pole(NamedTuple):
     def of(cls, name: str, conditioning: Sequence) -> Pole:
         """From CONDITIONING of one entry. Raises PolesError that calls it by its name."""
         if len(conditioning) != 1 or conditioning[0][0].shape[0] != 1:
-            raise PolesError(f"{name} holds {len(conditioning)} prompts or a batch of them. Connect one prompt, straight from its encoder.")
+            held = f"{len(conditioning)} prompts" if len(conditioning) != 1 else f"a batch of {conditioning[0][0].shape[0]}"
+            raise PolesError(f"{name} holds {held}. Connect one prompt, straight from its encoder.")
         context, options = conditioning[0]
         return cls(context, options.get(POOLED))
 
@@ -52,11 +53,12 @@ class Poles(NamedTuple):
         """CONDITIONING with every entry moved by strength / 2 times the way from `less` to `more`, row by row and in its pooled vector: for
         a prompt half way between, 1 is `more` and -1 is `less`. Raises PolesError where the numbers of rows differ.
         """
-        rows = [whole.shape[1] for whole in (self.more.context, self.less.context, *(context for context, _ in conditioning))]
-        if len(set(rows)) > 1:
+        whole = [tuple(context.shape[1:]) for context in (self.more.context, self.less.context, *(context for context, _ in conditioning))]
+        if len(set(whole)) > 1:
+            more, less, *others = (f"{rows} x {width}" for rows, width in whole)
             raise PolesError(
-                f"more has {rows[0]} rows, less {rows[1]} and positive {rows[2]}: to go row by row they must be as many. Make the prompts "
-                "about as long as one another, or choose the form 'guidance'."
+                f"more has {more} numbers, less {less} and positive {' and '.join(dict.fromkeys(others))}: to go row by row they must be "
+                "alike. Make the prompts about as long as one another with the same encoder, or choose the form 'guidance'."
             )
         way = self.more.context - self.less.context
         pooled = None if self.more.pooled is None or self.less.pooled is None else self.more.pooled - self.less.pooled

@@ -36,7 +36,7 @@ def lay_out(batches: Sequence[torch.Tensor], labels: Sequence[str], title: str, 
     page = Image.new("RGB", (margin + across * (width + margin), page_height), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=line)
     if title:
-        draw.text((margin, margin), title, fill="black", font=font)
+        draw.text((margin, margin), _cut(title, font, page.width - 2 * margin), fill="black", font=font)
     columns = []
     for band, count in zip(bands, rows, strict=True):
         for place, column in enumerate(band):
@@ -54,14 +54,15 @@ def lay_out(batches: Sequence[torch.Tensor], labels: Sequence[str], title: str, 
 
 def _fitted(picture: torch.Tensor, side: int) -> Image.Image:
     """A picture (h, w, 3) with its longer side `side` pixels long; small ones keep their pixels as squares."""
-    image = Image.fromarray((picture[..., :3].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+    image = Image.fromarray((picture[..., :3].expand(-1, -1, 3).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
     scale = side / max(image.size)
     size = [max(1, round(length * scale)) for length in image.size]
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _cut(text: str, font, width: int) -> str:
-    """As much of a label as fits over its picture."""
+    """As much of a text as fits on a line of this width."""
+    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

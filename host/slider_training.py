@@ -75,7 +75,7 @@ class Ways:
             self.ends.clone(),
             self.entry.clone(),
         )
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 1)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step + 1) % 2**63)
         for way in (at >= ends).nonzero().flatten().tolist():
             x[way], at[way], ends[way] = self._noise(generator)[0], 0, PATH
             entry[way] = int(torch.randint(self.entries, (), generator=generator))

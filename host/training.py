@@ -30,6 +30,7 @@ LOST = 20.0  # times the loss that training began with: past that it diverges
 GOOD_EVERY = 25  # steps between states that a diverging training goes back to
 CHECKED = 20  # losses that are compared with those it began with
 CLIP_NORM = 1.0
+SCALE = 4096.0  # of losses while they are differentiated: models that compute in float16 would lose their small gradients
 
 
 class TrainingError(ValueError):
@@ -175,16 +176,17 @@ class Outcome(NamedTuple):
 class Loop:
     """Steps of AdamW on parameters, with a checkpoint to resume from after a cancel, and a way back from a divergence.
 
-    identity  what the training is of, as JSON: a checkpoint of another one is not resumed
+    identity  what the training is of (`identity_of`): a checkpoint of another one is not resumed
     file      where the checkpoint lies; None: none is kept
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, steps: int, rate: float, identity: Mapping[str, Any], file: Path | None):
+    def __init__(self, parameters: Sequence[nn.Parameter], *, steps: int, rate: float, identity: str, file: Path | None):
         self.parameters, self.steps, self.file = list(parameters), steps, file
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
-        self.identity = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
+        self.identity = identity
         self.losses: list[float] = []
-        self.good: tuple[int, list[torch.Tensor]] = (0, self._copies())
+        # By the steps that were done: the last two, because what diverges is known for it only CHECKED steps later.
+        self.good: list[tuple[int, list[torch.Tensor]]] = [(0, self._copies())]
         self.resumed = 0
 
     def run(
@@ -208,16 +210,20 @@ class Loop:
                 total = 0.0
                 for part in loss_of(step):
                     loss = part()
-                    loss.backward()
+                    (SCALE * loss).backward()
                     total += float(loss.detach())
+                for parameter in self.parameters:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(SCALE)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
                 self.losses.append(total)
-                if self._diverged():
-                    told.append(self._go_back())
+                sudden = not (math.isfinite(total) and bool(norm.isfinite()))
+                if sudden or self._diverged():
+                    told.append(self._go_back(1 if sudden else CHECKED))
                     break
-                torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
                 self.optimizer.step()
                 if (step + 1) % GOOD_EVERY == 0:
-                    self.good = step + 1, self._copies()
+                    self.good = [self.good[-1], (step + 1, self._copies())]
                 each(step)
         except BaseException:
             self._save(carried)
@@ -227,13 +233,13 @@ class Loop:
         return Outcome(self.losses, told)
 
     def _diverged(self) -> bool:
-        if not math.isfinite(self.losses[-1]):
-            return True
         first, last = self.losses[:CHECKED], self.losses[-CHECKED:]
         return len(self.losses) >= 2 * CHECKED and min(last) > LOST * max(max(first), 1e-8)
 
-    def _go_back(self) -> str:
-        step, copies = self.good
+    def _go_back(self, steps: int) -> str:
+        """To the last state kept that is at least so many steps old."""
+        latest = len(self.losses) - steps
+        step, copies = next((good for good in reversed(self.good) if good[0] <= latest), self.good[0])
         with torch.no_grad():
             for parameter, kept in zip(self.parameters, copies, strict=True):
                 parameter.copy_(kept)
@@ -281,8 +287,22 @@ class Loop:
                 }
         self.losses = json.loads(told["losses"])
         self.resumed = len(self.losses)
-        self.good = self.resumed, self._copies()
+        self.good = [(self.resumed, self._copies())]
         carry({name.removeprefix("carried."): tensor for name, tensor in kept.items() if name.startswith("carried.")})
+
+
+def identity_of(patcher, settings: Mapping[str, Any], texts: Sequence[torch.Tensor]) -> str:
+    """What a training is of, as a digest: its settings, the texts as they were encoded, the model's file and what patches it."""
+    told = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    told.update(repr((patcher.cached_patcher_init or (None, ""))[1]).encode())
+    told.update(repr(sorted(patcher.object_patches)).encode())
+    for key, patches in sorted(patcher.patches.items(), key=lambda item: str(item[0])):
+        for strength, adapter, *_ in patches:
+            tensors = [part for part in getattr(adapter, "weights", ()) if isinstance(part, torch.Tensor)]
+            told.update(repr((key, strength, [float(tensor.double().sum()) for tensor in tensors])).encode())
+    for text in texts:
+        told.update(text.detach().float().cpu().numpy().tobytes())
+    return told.hexdigest()
 
 
 def published_names(model) -> Callable[[str], str]:

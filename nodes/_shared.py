@@ -142,7 +142,7 @@ def check_one_source(file_name: str, file: str, lora) -> None:
         raise ValueError(f"Both a file ('{file}') and `lora` are given. Set {file_name} to '{NONE}' to use `lora`, or disconnect `lora`.")
 
 
-def reason_to_do_nothing(file, strength, start_percent, end_percent, lora=None, mask=None) -> str | None:
+def reason_to_do_nothing(file, strength, start_percent, end_percent, lora=None, mask=None, schedule=None) -> str | None:
     """Why the node has no effect with these inputs, or None if it has one."""
     if file == NONE and lora is None:
         return "no file is chosen and no lora connected"
@@ -152,6 +152,8 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora=None, 
         return f"start_percent and end_percent are both {start_percent:g}, so no step lies between them"
     if mask is not None and not mask.any():
         return "the mask is empty"
+    if schedule is not None and not any(factor for _, factor in schedule.points):
+        return f"the schedule {schedule} is 0 throughout"
     return None
 
 
@@ -176,9 +178,7 @@ class Hanging(NamedTuple):
         check_numbers(self.strength, self.start_percent, self.end_percent, self.strength_name)
         check_one_source(file_name, file, lora)
         schedule, mask = Schedule.parse(self.schedule), None if self.mask is None else checked_mask(self.mask)
-        idle = reason_to_do_nothing(file, self.strength, self.start_percent, self.end_percent, lora, mask)
-        if schedule is not None and not any(factor for _, factor in schedule.points):
-            idle = idle or f"the schedule {schedule} is 0 throughout"
+        idle = reason_to_do_nothing(file, self.strength, self.start_percent, self.end_percent, lora, mask, schedule)
         if idle is not None:
             return model, [f"Nothing done: {idle}. The model passes through unchanged."]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from ..host.families import family_of
 from ..host.slider_training import Entry, Text, TextObjective, Ways
-from ..host.training import Loop, Trainee, TrainingError, published_names
+from ..host.training import Loop, Trainee, TrainingError, identity_of, published_names
 from ._shared import LORA_MODEL
 
 log = logging.getLogger("concept_nodes")
@@ -65,7 +65,7 @@ class SliderTrainText(io.ComfyNode):
                         "target `more`; less is not read."
                     ),
                 ),
-                io.Float.Input("eta", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="How far strength 1 goes along the way."),
+                io.Float.Input("eta", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="How far strength 1 goes. Not read by 'ablate'."),
                 io.Int.Input("steps", default=500, min=1, max=100_000, tooltip="Steps of the optimiser."),
                 io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures in each step."),
                 io.Float.Input("learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7, tooltip="Of AdamW."),
@@ -100,7 +100,7 @@ class SliderTrainText(io.ComfyNode):
             learning_rate=learning_rate, rank=rank, alpha=alpha, width=width, height=height, seed=seed,
         )  # fmt: skip
         stem = checked_stem(name)
-        lora, losses, told = train(model, clip, settings, checkpoint(stem))
+        lora, losses, told = train(model, clip, settings, stem)
         about = {
             "concept": stem,
             "poles": [less.replace(HOLE, "").strip(), more.replace(HOLE, "").strip()],
@@ -124,7 +124,9 @@ def prompts(settings: dict) -> list[tuple[str, str, str, str]]:
         target, more, less = (_filled(settings[key], line) for key in ("target", "more", "less"))
         for key, text in (("target", target), ("more", more)):
             if not text and not (key == "more" and kind == ERASE):
-                raise TrainingError(f"{key} is empty, so there is nothing to train. Write a prompt there.")
+                raise TrainingError(
+                    f"{key} is empty, so there is nothing to train. Write a prompt there, or lines in preserve where it is braces alone."
+                )
         if kind in (PUBLISHED, BOTH) and more == less:
             raise TrainingError(
                 f"more and less are the same ('{more}'), so there is no way between them. Write what less of the concept is."
@@ -135,18 +137,27 @@ def prompts(settings: dict) -> list[tuple[str, str, str, str]]:
     return made
 
 
+def signed(kind: str, eta: float) -> float:
+    """eta as the objective takes it: away from the target where it is to be erased, no way at all where it becomes another. Raises
+    TrainingError where nothing would be learnt.
+    """
+    if eta == 0 and kind != ABLATE:
+        raise TrainingError("eta is 0, so there is nothing to learn. Set it to 1 or more.")
+    return {ERASE: -eta, ABLATE: 0.0}.get(kind, eta)
+
+
 def _filled(text: str, line: str) -> str:
     """A prompt with a line of `preserve` in its hole, or before it."""
     text = text.strip()
     return (text.replace(HOLE, line) if HOLE in text else f"{line} {text}" if line and text else text).strip()
 
 
-def train(model, clip, settings: dict, file: Path | None):
-    """LORA_MODEL, losses and what to tell."""
+def train(model, clip, settings: dict, stem: str):
+    """LORA_MODEL, losses and what to tell. Raises TrainingError and UnsupportedFamily."""
     texts = prompts(settings)
     family = family_of(model.model)
     kind = settings["objective"]
-    eta = {ERASE: -settings["eta"], ABLATE: 0.0}.get(kind, settings["eta"])
+    eta = signed(kind, settings["eta"])
     read: dict[str, Text] = {}
 
     def encode(text: str) -> Text:
@@ -158,7 +169,7 @@ def train(model, clip, settings: dict, file: Path | None):
     empty = encode("")
     if len({text.context.shape for text in read.values()}) > 1:
         raise TrainingError("The prompts take windows of unlike lengths. Make the longest ones shorter.")
-    identity = {**settings, "family": family.name, "weights": repr((model.cached_patcher_init or (None, ""))[1])}
+    identity = identity_of(model, settings, [text.context for text in read.values()])
     bar = comfy.utils.ProgressBar(settings["steps"])
     with Trainee(model, family.slider_layers, rank=settings["rank"], alpha=settings["alpha"], seed=settings["seed"]) as trainee:
         down = model.model.latent_format.spacial_downscale_ratio
@@ -167,7 +178,13 @@ def train(model, clip, settings: dict, file: Path | None):
         needs = trainee.memory((settings["batch"] * 3, *ways.x.shape[1:]))
         log.info("Training needs about %s.", ", ".join(f"{size:.0f} MB for {what}" for what, size in needs.items()))
         text = TextObjective(trainee, entries, empty, ways, eta=eta, strengths=STRENGTHS[kind])
-        loop = Loop(trainee.parameters(), steps=settings["steps"], rate=settings["learning_rate"], identity=identity, file=file)
+        loop = Loop(
+            trainee.parameters(),
+            steps=settings["steps"],
+            rate=settings["learning_rate"],
+            identity=identity,
+            file=checkpoint(stem, identity),
+        )
 
         def each(step: int) -> None:
             text.done(step)
@@ -198,8 +215,9 @@ def folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "loras" / SUBFOLDER
 
 
-def checkpoint(stem: str) -> Path:
-    return Path(folder_paths.get_user_directory()) / SUBFOLDER / "training" / f"{stem}.safetensors"
+def checkpoint(stem: str, identity: str) -> Path:
+    """Where a cancelled training waits: one for each, so that none takes another's place."""
+    return Path(folder_paths.get_user_directory()) / SUBFOLDER / "training" / f"{stem} {identity[:12]}.safetensors"
 
 
 def saved(lora: dict[str, torch.Tensor], stem: str, about: dict) -> Path:

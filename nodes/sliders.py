@@ -154,7 +154,7 @@ class SliderPrompts(io.ComfyNode):
         times, poles = Schedule.parse(schedule), Poles(Pole.of("more", more), Pole.of("less", less))
         if times is not None and form == EMBEDDING:
             raise ValueError(f"A schedule needs the form '{GUIDANCE}': a prompt is read once. Choose that form, or empty the schedule.")
-        idle = reason_to_do_nothing("", strength, start_percent, end_percent)
+        idle = reason_to_do_nothing("", strength, start_percent, end_percent, schedule=times)
         if poles.same():
             idle = idle or "more and less are the same"
         if idle is not None:
@@ -171,7 +171,7 @@ class SliderPrompts(io.ComfyNode):
         effect.hang(model)
         along = f", times {times} over sampling" if times else ""
         told = f"Predictions go {strength:g} times the way from less to more, {when}{along}."
-        return shown(model, positive, f"{told} One model call is added to each step (two where memory is short).")
+        return shown(model, positive, f"{told} One model call is added to each step in which it acts (two where memory is short).")
 
 
 def shown(model, positive, report: str) -> io.NodeOutput:
@@ -238,7 +238,7 @@ class SliderSweep(io.ComfyNode):
             path = files.resolve("loras", file)
             told, label, lora = adapters.about(path), file, adapters.read(path)  # once for all strengths
         listed = listed_strengths(strengths, told.get("range"))
-        poles = [str(pole) for pole in told.get("poles") or ()]
+        poles = told.get("poles", [])
         swept, report = [], []
         for strength in listed:
             hanging = Hanging(strength, start_percent, end_percent, schedule, layers, comparable, mask)
@@ -263,7 +263,7 @@ def labelled(strengths: Sequence[float], poles: Sequence[str]) -> list[str]:
 def listed_strengths(text: str, own: Sequence[float] | None) -> list[float]:
     """Strengths from a text, or a few over a file's own range. Raises ValueError that names what cannot be read."""
     if not text.strip():
-        low, high = own if own and len(own) == 2 else (-2.0, 2.0)
+        low, high = own or (-2.0, 2.0)
         return [low + (high - low) * step / (FEW - 1) for step in range(FEW)]
     listed = []
     for part in text.replace("\n", ",").replace(";", ",").split(","):
@@ -316,11 +316,14 @@ class Sheet(io.ComfyNode):
     def execute(cls, images, title, side, columns, labels=None) -> io.NodeOutput:
         title, side, columns = title[0], side[0], columns[0]
         batches = [batch if batch.ndim == 4 else batch[None] for batch in images]
-        if len(batches) == 1:
+        labels = [str(label) for label in labels or ()]
+        if len(batches) == 1 and len(labels) != 1:
             batches = list(batches[0].split(1))
-        labels = [str(label) for label in labels or ()] or [str(number) for number in range(1, len(batches) + 1)]
+        labels = labels or [str(number) for number in range(1, len(batches) + 1)]
+        if not batches:
+            raise ValueError("images holds no picture. Connect at least one.")
         if len(labels) != len(batches):
-            raise ValueError(f"There are {len(labels)} labels for {len(batches)} pictures. Connect both from the same list, or no labels.")
+            raise ValueError(f"There are {len(labels)} labels for {len(batches)} columns. Connect both from the same list, or no labels.")
         made = lay_out(batches, labels, title, side, columns)
         placed = json.dumps({"title": title, "size": [made.page.shape[2], made.page.shape[1]], "columns": made.columns})
         return io.NodeOutput(made.page, placed, ui=ui.PreviewImage(made.page, cls=cls))

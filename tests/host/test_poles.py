@@ -122,7 +122,7 @@ class TestEmbedding:
     def test_lengths_that_differ_are_refused(self, plain):
         positive, more, _ = poles_of(plain)
         longer = models.conditioning(plain, 40, tokens=9)
-        with pytest.raises(PolesError, match="more has 7 rows, less 9 and positive 7"):
+        with pytest.raises(PolesError, match="more has 7 x .* numbers, less 9 x .* and positive 7 x"):
             run(plain, positive, more, longer, "embedding")
         run(plain, positive, more, longer, "guidance")
 
@@ -132,6 +132,16 @@ class TestEmbedding:
 
 
 class TestPoles:
+    def test_a_schedule_of_noughts_does_nothing(self, plain):
+        model, _, report = run(plain, *poles_of(plain), schedule="0:0, 1:0")
+        assert model is plain
+        assert "the schedule 0:0, 1:0 is 0 throughout" in report
+
+    def test_a_batch_is_refused(self, plain):
+        positive, more, less = poles_of(plain)
+        with pytest.raises(PolesError, match="more holds a batch of 2"):
+            run(plain, positive, [[more[0][0].expand(2, -1, -1), {}]], less)
+
     def test_several_prompts_are_refused(self, plain):
         positive, more, less = poles_of(plain)
         with pytest.raises(PolesError, match="more holds 2 prompts"):

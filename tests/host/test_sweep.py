@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from concept_nodes.host import adapters
 from concept_nodes.host.dispatcher import attached
 from concept_nodes.host.sheet import lay_out
 from concept_nodes.nodes.sliders import Sheet, SliderSweep, labelled, listed_strengths
@@ -68,6 +69,15 @@ class TestSweep:
         assert labelled([1.0], []) == ["+1"]
 
     @pytest.mark.parametrize(
+        "about",
+        [{"range": "ab"}, {"range": 5}, {"range": [None, 1]}, {"range": [-100, 100]}, {"poles": "ab"}, {"poles": 5}, {"poles": ["a"]}, []],
+    )
+    def test_headers_that_are_wrong_are_none(self, about, tmp_path):
+        file = tmp_path / "odd.safetensors"
+        safetensors.torch.save_file({"a": torch.zeros(1)}, file, metadata={"concept_nodes": json.dumps(about)})
+        assert adapters.about(file) == {}
+
+    @pytest.mark.parametrize(
         ("text", "told"),
         [
             ("1, two", "strengths holds 'two', which is no number"),
@@ -122,8 +132,25 @@ class TestSheet:
         sizes = [(column["pictures"][0]["width"], column["pictures"][0]["height"]) for column in told["columns"]]
         assert sizes == [(64, 32), (32, 64)]
 
+    def test_one_label_for_one_batch(self):
+        """A sweep of one strength, and four pictures of it."""
+        told = json.loads(make([pictures(4)], ["+1"])[1])
+        assert [(column["label"], len(column["pictures"])) for column in told["columns"]] == [("+1", 4)]
+
+    def test_one_channel_and_no_picture(self):
+        assert make([torch.rand(1, 8, 8, 1)])[0].shape[-1] == 3
+        with pytest.raises(ValueError, match="images holds no picture"):
+            make([])
+
+    def test_labels_of_several_lines_are_one(self):
+        page, told = make([pictures(1)], ["one\ntwo three"])
+        place = json.loads(told)["columns"][0]["pictures"][0]
+        plain, _ = make([pictures(1)], ["one two three"])
+        assert torch.equal(page, plain)
+        assert place["y"] > 0
+
     def test_labels_that_do_not_match(self):
-        with pytest.raises(ValueError, match="There are 2 labels for 3 pictures"):
+        with pytest.raises(ValueError, match="There are 2 labels for 3 columns"):
             make([pictures(1)] * 3, ["a", "b"])
 
     def test_a_long_label_stays_over_its_picture(self):

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import comfy.model_management
+import comfy.sd
 import models
 import pytest
 import torch
 
 from concept_nodes.host import lab
 from concept_nodes.host.slider_training import Entry, Text, TextObjective, Ways
-from concept_nodes.host.training import Loop, Trainee, TrainingError, published_names
+from concept_nodes.host.training import Loop, Trainee, TrainingError, identity_of, published_names
 from concept_nodes.nodes import slider_training as node
 from concept_nodes.nodes.sliders import Slider
 
@@ -26,7 +27,7 @@ def begun(trainee, model, *, entries=2, batch=2, eta=1.0, strengths=(1.0,), step
     made = [Entry(*(text(model, 10 * entry + part) for part in (1, 1, 2, 3))) for entry in range(entries)]
     ways = Ways(trainee, entries, batch, (8, 8), 5)
     objective = TextObjective(trainee, made, text(model, 99), ways, eta=eta, strengths=strengths)
-    return objective, Loop(trainee.parameters(), steps=steps, rate=rate, identity={"of": "test"}, file=file)
+    return objective, Loop(trainee.parameters(), steps=steps, rate=rate, identity="test", file=file)
 
 
 def run(objective, loop, stop=None):
@@ -86,8 +87,6 @@ class TestOnEveryFamily:
 
     def test_the_file_is_what_was_trained(self, kind):
         """The Slider and the stock loader read the state, and do to the picture what the adapters did to the prediction."""
-        import comfy.sd
-
         model = models.build(kind)
         with trainee(model) as learner:
             objective, loop = begun(learner, model, steps=3, rate=0.05)
@@ -127,12 +126,76 @@ class TestLoop:
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
         assert not file.exists()
 
-    def test_another_trainings_checkpoint_is_left_alone(self, model, tmp_path):
-        file = tmp_path / "state.pt"
+    def test_what_is_no_checkpoint_of_this_training_is_not_resumed(self, model, tmp_path):
+        file = tmp_path / "state"
         file.write_bytes(b"nothing to read")
         with trainee(model) as learner:
+            objective, loop = begun(learner, model, file=file)
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                run(objective, loop, stop=1)
+            assert loop.resumed == 0
+        with trainee(model) as learner:
             objective, loop = begun(learner, model, steps=1, file=file)
+            loop.identity = "another"
             assert run(objective, loop).told == []
+
+    def test_identity_is_of_settings_texts_and_patches(self, model):
+        settings, texts = {"eta": 1.0}, [torch.ones(1, 2, 3)]
+        patched = comfy.sd.load_lora_for_models(model, None, models.lora(model), 0.5, 0)[0]
+        other = comfy.sd.load_lora_for_models(model, None, models.lora(model, seed=6), 0.5, 0)[0]
+        given = [
+            (model, settings, texts),
+            (model, {"eta": 2.0}, texts),
+            (model, settings, [torch.zeros(1, 2, 3)]),
+            (patched, settings, texts),
+            (other, settings, texts),
+        ]
+        assert len({identity_of(*one) for one in given}) == len(given)
+        assert identity_of(model.clone(), settings, texts) == identity_of(model, settings, texts)
+
+    def test_a_blow_up_goes_back_to_before_it(self, model):
+        with trainee(model) as learner:
+            objective, loop = begun(learner, model, steps=200)
+            ordinary, kept = objective.losses, {}
+
+            def growing(step):
+                kept[step] = learner.state(published_names(learner.model))
+                return [lambda: ordinary(step)[0]() * (1e6 if step >= 45 else 1.0)]
+
+            objective.losses = growing
+            outcome = run(objective, loop)
+            assert len(outcome.losses) < 100
+            assert "state after step 25" in outcome.told[0]
+            now = learner.state(published_names(learner.model))
+            assert all(torch.equal(now[key], kept[25][key]) for key in now)
+
+    def test_a_gradient_that_is_no_number_goes_back(self, model):
+        with trainee(model) as learner:
+            objective, loop = begun(learner, model, steps=30)
+            loop.parameters[1].register_hook(lambda gradient: gradient * (float("inf") if len(loop.losses) == 27 else 1.0))
+            outcome = run(objective, loop)
+            assert "state after step 25" in outcome.told[0]
+            assert all(parameter.isfinite().all() for parameter in learner.parameters())
+
+    @pytest.mark.parametrize("strength", [1.0, -1.0])
+    def test_objective_is_the_published_formula(self, model, strength):
+        """e_s(target) against e_0(neutral) + s eta (e_0(more) - e_0(less)), each by a prediction of its own."""
+        with trainee(model) as learner:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            entry = Entry(*(text(model, seed) for seed in (1, 2, 3, 4)))
+            ways = Ways(learner, 1, 2, (8, 8), 5)
+            objective = TextObjective(learner, [entry], text(model, 99), ways, eta=1.7, strengths=(strength,))
+            loss = float(objective.losses(0)[0]().detach())
+            with torch.no_grad():
+
+                def predicted(part, s=0.0):
+                    condition = learner.condition(part.context.expand(2, -1, -1), None, ways.x)
+                    return learner.predict(ways.x, ways.sigma, condition, s)
+
+                wanted = predicted(entry.neutral) + strength * 1.7 * (predicted(entry.more) - predicted(entry.less))
+                assert loss == pytest.approx(float((predicted(entry.target, strength) - wanted).square().mean()), rel=1e-4)
 
     def test_divergence_goes_back(self, model):
         with trainee(model) as learner:
@@ -201,6 +264,12 @@ class TestPrompts:
         with pytest.raises(TrainingError, match=told):
             node.prompts({**self.BASE, **change} if "target" not in change else {**self.BASE, **change, "preserve": ""})
 
+    def test_which_way_eta_goes(self):
+        assert [node.signed(kind, 2.0) for kind in ("published", "both poles", "erase", "ablate")] == [2.0, 2.0, -2.0, 0.0]
+        assert node.signed("ablate", 0.0) == 0.0
+        with pytest.raises(TrainingError, match="eta is 0"):
+            node.signed("published", 0.0)
+
     @pytest.mark.parametrize("name", ["", " ", "a/b", "..", "c:d"])
     def test_names_of_files(self, name):
         with pytest.raises(TrainingError, match="cannot be a file's name"):
@@ -267,4 +336,5 @@ class TestNode:
 
     @pytest.mark.parametrize("objective", ["both poles", "erase", "ablate"])
     def test_objectives(self, places, objective):
-        assert self.execute(objective=objective)[1].result[1]["loss"]
+        """The largest seed among them."""
+        assert len(self.execute(objective=objective, seed=2**63 - 1)[1].result[1]["loss"]) == 3
