@@ -20,6 +20,30 @@ LORA_MODEL = "LORA_MODEL"
 SLIDER_LIMIT = 10.0
 
 
+class OfFile(io.ComfyNode):
+    """A node whose `file` is one of the host's LoRA files: checked before a run, and seen when it changes."""
+
+    @classmethod
+    def validate_inputs(cls, file=NONE):
+        return check_file(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=NONE, **_):
+        return print_of_file(file)
+
+
+class OfLoraName(io.ComfyNode):
+    """The same, where the host's loaders call it `lora_name`."""
+
+    @classmethod
+    def validate_inputs(cls, lora_name=NONE):
+        return check_file(lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name=NONE, **_):
+        return print_of_file(lora_name)
+
+
 def model_input() -> io.Model.Input:
     return io.Model.Input("model", tooltip="The model to act on. It is not changed: the output is a copy that acts while it samples.")
 

@@ -15,7 +15,8 @@ from ._shared import (
     NONE,
     SLIDER_LIMIT,
     Hanging,
-    check_file,
+    OfFile,
+    OfLoraName,
     check_numbers,
     check_one_source,
     checked_mask,
@@ -25,7 +26,6 @@ from ._shared import (
     mask_input,
     model_input,
     model_outputs,
-    print_of_file,
     result,
     schedule_input,
     share_input,
@@ -39,7 +39,7 @@ TEXTS = ("own", "none", "all")
 SPAN = "span"
 
 
-class MaskedLoRA(io.ComfyNode):
+class MaskedLoRA(OfLoraName):
     """A LoRA on a part of the picture, within a window of the steps, without touching the model's weights."""
 
     @classmethod
@@ -85,14 +85,6 @@ class MaskedLoRA(io.ComfyNode):
             outputs=model_outputs("The model with the LoRA on it."),
             has_intermediate_output=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, lora_name=NONE):
-        return check_file(lora_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name=NONE, **_):
-        return print_of_file(lora_name)
 
     @classmethod
     def execute(
@@ -169,7 +161,7 @@ class RegionNode(io.ComfyNode):
         return io.NodeOutput(regions.with_region(region, None if rest else mask))
 
 
-class RegionLoRA(io.ComfyNode):
+class RegionLoRA(OfLoraName):
     """A LoRA hung on a region."""
 
     @classmethod
@@ -197,14 +189,6 @@ class RegionLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name=NONE):
-        return check_file(lora_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name=NONE, **_):
-        return print_of_file(lora_name)
-
-    @classmethod
     def execute(
         cls, regions, region, lora_name, strength_model, strength_clip, start_percent, end_percent, lora=None, lora_stack=None, schedule=""
     ) -> io.NodeOutput:
@@ -224,7 +208,7 @@ class RegionLoRA(io.ComfyNode):
         return io.NodeOutput(regions)
 
 
-class RegionSlider(io.ComfyNode):
+class RegionSlider(OfFile):
     """A slider hung on a region."""
 
     @classmethod
@@ -248,14 +232,6 @@ class RegionSlider(io.ComfyNode):
             ],
             outputs=[io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions with the slider on one of them.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, file=NONE):
-        return check_file(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file=NONE, **_):
-        return print_of_file(file)
 
     @classmethod
     def execute(

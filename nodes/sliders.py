@@ -19,7 +19,7 @@ from ._shared import (
     NONE,
     SLIDER_LIMIT,
     Hanging,
-    check_file,
+    OfFile,
     check_numbers,
     check_one_source,
     comparable_input,
@@ -29,7 +29,6 @@ from ._shared import (
     mask_input,
     model_input,
     model_outputs,
-    print_of_file,
     reason_to_do_nothing,
     result,
     schedule_input,
@@ -38,7 +37,7 @@ from ._shared import (
 )
 
 
-class Slider(io.ComfyNode):
+class Slider(OfFile):
     """A slider LoRA on a model, at a strength and within a window, without touching the model's weights."""
 
     @classmethod
@@ -77,14 +76,6 @@ class Slider(io.ComfyNode):
             outputs=model_outputs("The model with the slider on it."),
             has_intermediate_output=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, file=NONE):
-        return check_file(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file=NONE, **_):
-        return print_of_file(file)
 
     @classmethod
     def execute(
@@ -182,7 +173,7 @@ MOST_STEPS = 64
 FEW = 5
 
 
-class SliderSweep(io.ComfyNode):
+class SliderSweep(OfFile):
     """One slider at many strengths: lists of models and labels that the host's samplers go through."""
 
     @classmethod
@@ -219,14 +210,6 @@ class SliderSweep(io.ComfyNode):
             ],
             has_intermediate_output=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, file=NONE):
-        return check_file(file)
-
-    @classmethod
-    def fingerprint_inputs(cls, file=NONE, **_):
-        return print_of_file(file)
 
     @classmethod
     def execute(
