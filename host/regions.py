@@ -43,6 +43,10 @@ class Hung:
     comparable: bool = False
     kind: str = "LoRA"
 
+    def idle(self) -> bool:
+        """Whether it does nothing on the model."""
+        return self.model == 0 or self.start == self.end or (self.schedule is not None and self.schedule.silent())
+
 
 @dataclass(frozen=True)
 class Regions:
@@ -149,15 +153,15 @@ def apply(
             lines.append(f"'{region.name}': nothing done, it covers no part of the picture.")
             continue
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
-        acting = any(lora.model != 0 and lora.start != lora.end for lora in loras)
+        acting = not all(lora.idle() for lora in loras)
         named = text == "span" and acting
         policy = _span(region, clip, family, prompt, rows) if named else text
         # What tells words of the common prompt is no text of its own to be read beside it.
         place = Place(drawing.of(index), _texts(replace(region, prompt="") if named else region, clip, loras))
         told = [f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)})."] if named else []
         for lora in loras:
-            if lora.model == 0 or lora.start == lora.end:
-                told.append(f"'{lora.label}': nothing done on the model, its strength is 0 or its window empty.")
+            if lora.idle():
+                told.append(f"'{lora.label}': nothing done on the model, its strength or schedule is 0 or its window empty.")
                 continue
             placement = adapters.place(patcher, lora.state, lora.label, lora.layers)
             strength = lora.model * (placement.to_comparable() if lora.comparable else 1.0)

@@ -176,7 +176,7 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora=None, 
         return f"start_percent and end_percent are both {start_percent:g}, so no step lies between them"
     if mask is not None and not mask.any():
         return "the mask is empty"
-    if schedule is not None and not any(factor for _, factor in schedule.points):
+    if schedule is not None and schedule.silent():
         return f"the schedule {schedule} is 0 throughout"
     return None
 

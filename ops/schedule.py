@@ -39,6 +39,10 @@ class Schedule(NamedTuple):
             points.append(point)
         return cls(tuple(points)) if points else None
 
+    def silent(self) -> bool:
+        """Whether it is 0 throughout."""
+        return not any(factor for _, factor in self.points)
+
     def at(self, share: float) -> float:
         """The factor at a share of sampling."""
         after = bisect_right(self.points, share, key=lambda point: point[0])

@@ -252,6 +252,12 @@ class TestRegionSlider:
         for part in ("in comparable units", "times 0:0, 1:1 over sampling", "left out by the choice 'self-attention'"):
             assert part in report
 
+    def test_a_schedule_of_noughts_does_nothing(self, plain, file):
+        regions = RegionSlider.execute(self.listed(), "left", file, 0.7, 0.0, 1.0, schedule="0:0").result[0]
+        model, _, _, report = RegionsApply.execute(plain, [], [], regions).result
+        assert model is plain
+        assert "its strength or schedule is 0" in report
+
     def test_no_file_hangs_nothing(self):
         listed = self.listed()
         assert RegionSlider.execute(listed, "left", "none", 1.0, 0.0, 1.0).result[0] == listed
