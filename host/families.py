@@ -21,6 +21,7 @@ class Family(NamedTuple):
     rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_layers  pattern of the modules that published sliders of the family adapt
+    blocks         class names of the modules that a training may compute again instead of keeping what they computed
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     rows: dict[str, str]
     tokenizers: tuple[str, ...]
     slider_layers: str
+    blocks: tuple[str, ...]
     slider_start: float
 
 
@@ -47,6 +49,7 @@ UNET_LAYERS = {
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
 # "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
 UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+UNET_BLOCKS = ("ResBlock", "BasicTransformerBlock")
 FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
@@ -65,6 +68,7 @@ FAMILIES = (
         rows=UNET_ROWS,
         tokenizers=("l",),
         slider_layers=UNET_SLIDER,
+        blocks=UNET_BLOCKS,
         slider_start=0.2,
     ),
     Family(
@@ -77,6 +81,7 @@ FAMILIES = (
         rows=UNET_ROWS,
         tokenizers=("l", "g"),
         slider_layers=UNET_SLIDER,
+        blocks=UNET_BLOCKS,
         slider_start=0.25,
     ),
     Family(
@@ -89,6 +94,7 @@ FAMILIES = (
         rows=FLUX_ROWS,
         tokenizers=("t5xxl", "l"),
         slider_layers=FLUX_SLIDER,
+        blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         slider_start=0.05,
     ),
 )

@@ -1,5 +1,6 @@
-"""Sliders trained from prompts: the text objective of Concept Sliders (Gandikota et al., arXiv 2311.12092) and its kin.
+"""Sliders trained from prompts or from pairs of pictures: the objectives of Concept Sliders (Gandikota et al., arXiv 2311.12092) and kin.
 
+From prompts (`TextObjective`).
 For an entry (target, neutral, more, less) and a strength s on the adapters,
 
     L = MSE( e_s(x_t, target), stopgrad[ e_0(x_t, neutral) + s eta (e_0(x_t, more) - e_0(x_t, less)) ] )
@@ -12,6 +13,13 @@ For an entry (target, neutral, more, less) and a strength s on the adapters,
 x_t lies on the slider's own way through sampling at guidance 3. The released trainer draws a new way from noise for every step of the
 optimiser, and throws all of it but its last point away. Here a batch of ways is walked on by one step of sampling for each step of the
 optimiser, and every point of them is trained at: the same points, for about a third of the model's evaluations.
+
+From pairs (`ImageObjective`): the model's own loss on both pictures of a pair, at opposite strengths and with the same noise n,
+
+    L = MSE( e_+1(x_t(after, n), prompt), n ) + MSE( e_-1(x_t(before, n), prompt), n )
+
+What the pictures of a pair have in common pulls both ways and leaves no trace; what differs is learnt. The released trainer scales all
+pictures to 256 or 512 pixels; here they keep their size.
 """
 
 from __future__ import annotations
@@ -19,14 +27,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import comfy.model_management
 import comfy.samplers
+import latent_preview
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .training import Trainee
+from .sheet import lay_out
+from .training import Memory, Objective, Trainee
 
 GUIDANCE = 3.0
 PATH = 20  # steps of sampling in a way
+PREVIEW_PATH = 8
+PREVIEW_SIDE = 192  # of each picture, in pixels
 
 
 class Text(NamedTuple):
@@ -89,49 +103,145 @@ class Ways:
         self.at, self.ends, self.entry = state["at"], state["ends"], state["entry"]
 
 
-class TextObjective:
-    """The losses of a step, for `training.Loop`."""
+def condition(trainee: Trainee, texts: Sequence[Text], like: torch.Tensor) -> dict:
+    """The condition of texts, one for each of the latents `like`."""
+    pooled = None if texts[0].pooled is None else torch.cat([text.pooled for text in texts])
+    return trainee.condition(torch.cat([text.context for text in texts]), pooled, like)
+
+
+class TextObjective(Objective):
+    """From prompts."""
 
     def __init__(
         self, trainee: Trainee, entries: Sequence[Entry], empty: Text, ways: Ways, *, eta: float, strengths: Sequence[float] = (1.0,)
     ):
         self.trainee, self.entries, self.empty, self.ways, self.eta, self.strengths = trainee, entries, empty, ways, eta, tuple(strengths)
         self._next: tuple[torch.Tensor, int] | None = None
+        self.parts = ("neutral", "more", "less") if eta else ("neutral",)
 
     def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
-        """One loss for each strength that is trained, at the ways' points; the first also walks the ways on."""
+        """One for each strength that is trained, at the ways' points; the first also walks the ways on."""
         ways, trainee = self.ways, self.trainee
         x, sigma = ways.x, ways.sigma
         chosen = [self.entries[index] for index in ways.entry.tolist()]
-        parts = ["neutral", "more", "less"] if self.eta else ["neutral"]
         with torch.no_grad():
-            texts = [getattr(entry, part) for part in parts for entry in chosen]
-            told = trainee.predict(*self._repeated(x, sigma, len(parts)), self._condition(texts, x), 0.0).chunk(len(parts))
+            texts, many = [getattr(entry, part) for part in self.parts for entry in chosen], len(self.parts)
+            like = x.repeat(many, 1, 1, 1)
+            told = trainee.predict(like, sigma.repeat(many), condition(trainee, texts, like), 0.0).chunk(many)
             neutral, way = told[0], told[1] - told[2] if self.eta else 0.0
-        target = self._condition([entry.target for entry in chosen], x)
+        target = condition(trainee, [entry.target for entry in chosen], x)
 
         def loss(strength: float) -> torch.Tensor:
-            drawn = trainee.predict(x, sigma, target, strength)
-            if strength == self.strengths[0]:
+            walks = strength == self.strengths[0]
+            if walks:  # before there is anything to keep for a gradient
                 with torch.no_grad():
-                    plain = trainee.predict(x, sigma, self._condition([self.empty] * len(x), x), strength)
-                    self._next = plain + GUIDANCE * (drawn.detach() - plain), step
+                    plain = trainee.predict(x, sigma, condition(trainee, [self.empty] * len(x), x), strength)
+            drawn = trainee.predict(x, sigma, target, strength)
+            if walks:
+                self._next = plain + GUIDANCE * (drawn.detach() - plain), step
             return F.mse_loss(drawn, neutral + strength * self.eta * way)
 
         return [lambda strength=strength: loss(strength) for strength in self.strengths]
 
     def done(self, step: int) -> None:
-        """After the step: walk on."""
+        """Walk on."""
         if self._next is not None:
             self.ways.walk(*self._next)
             self._next = None
 
-    @staticmethod
-    def _repeated(x: torch.Tensor, sigma: torch.Tensor, times: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.repeat(times, 1, 1, 1), sigma.repeat(times)
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.ways.state()
 
-    def _condition(self, texts: Sequence[Text], x: torch.Tensor) -> dict:
-        contexts = torch.cat([text.context for text in texts])
-        pooled = None if texts[0].pooled is None else torch.cat([text.pooled for text in texts])
-        like = x.repeat(len(texts) // len(x), 1, 1, 1)
-        return self.trainee.condition(contexts, pooled, like)
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.ways.restore(state)
+
+    def memory(self) -> Memory:
+        x = self.ways.x
+        return self.trainee.memory(x, self.ways.sigma, condition(self.trainee, [self.empty] * len(x), x), len(self.parts))
+
+
+class ImageObjective(Objective):
+    """From pairs of latents (before, after), each (channels, height, width). Each step draws `batch` pairs of one size."""
+
+    def __init__(self, trainee: Trainee, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], prompt: Text, *, batch: int, seed: int):
+        self.trainee, self.prompt, self.batch, self.seed = trainee, prompt, batch, seed
+        self.pairs = [tuple(trainee.model.process_latent_in(latent).to(trainee.device) for latent in pair) for pair in pairs]
+
+    def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
+        """For +1 on the pictures after, and for -1 on those before."""
+        trainee = self.trainee
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step + 1) % 2**63)
+        first = int(torch.randint(len(self.pairs), (), generator=generator))
+        alike = [pair for pair in self.pairs if pair[0].shape == self.pairs[first][0].shape]
+        chosen = [alike[index] for index in torch.randint(len(alike), (self.batch,), generator=generator).tolist()]
+        # Uniform over the steps that the model was trained at; at 0 the host answers with no noise level but a sign.
+        shares = torch.rand(self.batch, generator=generator).clamp(1e-3, 0.999)
+        sigma = torch.tensor([trainee.sampling.percent_to_sigma(share) for share in shares.tolist()]).to(trainee.device)
+        noise = trainee.noise(self.batch, *chosen[0][0].shape[-2:], generator)
+        given = condition(trainee, [self.prompt] * self.batch, noise)
+
+        def loss(side: int, strength: float) -> torch.Tensor:
+            clean = torch.stack([pair[side] for pair in chosen])
+            x = trainee.sampling.noise_scaling(sigma, noise.clone(), clean)
+            return F.mse_loss(trainee.predict(x, sigma, given, strength), (x - clean) / sigma[:, None, None, None])
+
+        return [lambda: loss(1, 1.0), lambda: loss(0, -1.0)]
+
+    def memory(self) -> Memory:
+        largest = max((pair[0] for pair in self.pairs), key=torch.Tensor.numel)
+        x = largest.expand(self.batch, -1, -1, -1).clone()
+        sigma = torch.full((self.batch,), float(self.trainee.sampling.percent_to_sigma(0.5)), device=x.device)
+        return self.trainee.memory(x, sigma, condition(self.trainee, [self.prompt] * self.batch, x), 0)
+
+
+def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Latents (1, channels, height, width) -> a picture (1, h, w, 3) in 0..1: by the autoencoder, or in the latent's colours as the host
+    previews them; None where the host is told to preview nothing.
+    """
+    if vae is not None:
+
+        def decode(latent: torch.Tensor) -> torch.Tensor:
+            picture = vae.decode(latent)
+            # The autoencoder may have pushed the model out.
+            comfy.model_management.load_models_gpu([trainee.patcher], force_full_load=True)
+            return picture.float().clamp(0, 1).cpu()
+
+        return decode
+    previewer = latent_preview.get_previewer(trainee.device, trainee.model.latent_format)
+    if previewer is None:
+        return None
+
+    def rough(latent: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(previewer.decode_latent_to_preview(latent)).astype(np.float32) / 255)[None]
+
+    return rough
+
+
+class Preview:
+    """Three pictures of one prompt and noise at strengths -1, 0 and 1, as the training has it so far.
+
+    decode  latents (1, channels, height, width) of the host's kind -> a picture (1, h, w, 3) in 0..1
+    """
+
+    STRENGTHS = (-1.0, 0.0, 1.0)
+
+    def __init__(self, trainee: Trainee, prompt: Text, empty: Text, size: tuple[int, int], decode: Callable, seed: int):
+        self.trainee, self.texts, self.decode = trainee, (prompt, empty), decode
+        self.sigmas = comfy.samplers.calculate_sigmas(trainee.sampling, "normal", PREVIEW_PATH).to(trainee.device)
+        noise = trainee.noise(1, *size, torch.Generator().manual_seed(seed))
+        self.start = trainee.sampling.noise_scaling(self.sigmas[0], noise, torch.zeros_like(noise), True)
+
+    def page(self, title: str) -> torch.Tensor:
+        """(1, height, width, 3) in 0..1."""
+        with torch.no_grad():
+            pictures = [self.decode(self.trainee.model.process_latent_out(self._sampled(strength))) for strength in self.STRENGTHS]
+        return lay_out(pictures, [f"{strength:+g}" if strength else "0" for strength in self.STRENGTHS], title, PREVIEW_SIDE, 0).page
+
+    def _sampled(self, strength: float) -> torch.Tensor:
+        """Euler steps at the guidance that the ways are walked with."""
+        x = self.start
+        for sigma, later in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
+            both = x.repeat(2, 1, 1, 1)
+            told, plain = self.trainee.predict(both, sigma.expand(2), condition(self.trainee, self.texts, both), strength).chunk(2)
+            x = x + (later - sigma) * (plain + GUIDANCE * (told - plain))
+        return x

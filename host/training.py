@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from .families import family_of
 
@@ -72,13 +77,15 @@ class Trainee:
 
     adapters  by module name (from the host's BaseModel)
     device    where it computes
+    thrifty   keep no more of a prediction than what enters each of the model's blocks, and compute the blocks once more for the gradient:
+              a third more time, a fraction of the memory
     """
 
     def __init__(self, patcher, layers: str, *, rank: int, alpha: float, seed: int):
         self.family = family_of(patcher.model)
         self.patcher = _trainable(patcher)
         self.layers, self.rank, self.alpha, self.seed = layers, rank, alpha, seed
-        self.strength = 0.0
+        self.strength, self.thrifty = 0.0, False
         self.adapters: dict[str, Adapter] = {}
 
     def __enter__(self) -> Trainee:
@@ -103,6 +110,10 @@ class Trainee:
                 adapter = self.adapters[name] = Adapter(layer, self.rank, self.alpha, generator).to(self.device)
                 layer.forward = self._forward(adapter)
                 stack.callback(vars(layer).pop, "forward", None)
+            self.blocks = [module for module in self.model.modules() if type(module).__name__ in self.family.blocks]
+            for block in self.blocks:
+                block.forward = self._recomputed(block.forward)
+                stack.callback(vars(block).pop, "forward", None)
             self._stack = stack.pop_all()
         return self
 
@@ -115,17 +126,76 @@ class Trainee:
     def _forward(self, adapter: Adapter):
         return lambda *args, **kwargs: adapter(*args, strength=self.strength, **kwargs)
 
+    def _recomputed(self, plain: Callable) -> Callable:
+        def forward(*args, **kwargs):
+            if not self.thrifty:
+                return plain(*args, **kwargs)
+            strength = self.strength  # when the gradient asks for this block again, predict has long put it back
+
+            def again(*args, **kwargs):
+                with self._at(strength):
+                    return plain(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
+
+            # The Flux blocks write into what they are given, and so do those after them: a copy is kept, and a copy of that worked on.
+            kept = {name: _copied(value) for name, value in kwargs.items()}
+            return checkpoint(again, *map(_copied, args), use_reentrant=False, preserve_rng_state=False, **kept)
+
+        return forward
+
+    @contextlib.contextmanager
+    def _at(self, strength: float) -> Iterator[None]:
+        before, self.strength = self.strength, strength
+        try:
+            yield
+        finally:
+            self.strength = before
+
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in (adapter.down, adapter.up)]
 
-    def memory(self, shape: Sequence[int]) -> dict[str, float]:
-        """Megabytes by what they are for: the weights; the adapters with gradients and optimiser; a guess at one step on latents of a
-        shape, twice what the host reckons for sampling them.
+    def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int) -> Memory:
+        """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from one prediction at x (x,
+        sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is computed, no memory is taken.
         """
+
+        def many(value: Any) -> Any:
+            return value.repeat(ahead, *[1] * (value.ndim - 1)) if isinstance(value, torch.Tensor) and len(value) == len(x) else value
+
+        tensors = {name: value for name, value in condition.items() if isinstance(value, torch.Tensor)}
+        rest = {name: value for name, value in condition.items() if name not in tensors}
+        with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+            # A weight's stand-in lives only as long as something holds it.
+            alive = [shapes.from_tensor(parameter) for parameter in [*self.model.parameters(), *self.parameters()]]
+            x, sigma = shapes.from_tensor(x), shapes.from_tensor(sigma)
+            tensors = {name: shapes.from_tensor(value) for name, value in tensors.items()}
+            with _Counted([*alive, x, sigma, *tensors.values()]) as counted:
+                wanted = x
+                if ahead:
+                    with torch.no_grad():
+                        given = {name: many(value) for name, value in tensors.items()} | rest
+                        wanted = self.predict(many(x), many(sigma), given, 0.0)[: len(x)]
+                nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
+            del alive
+        for parameter in self.parameters():
+            parameter.grad = None
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        adapters = 16 * sum(parameter.numel() for parameter in self.parameters())
-        step = 2.0 * self.model.memory_required(list(shape))
-        return {"weights": weights / 1e6, "adapters and optimiser": adapters / 1e6, "one step": step / 1e6}
+        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), counted.peak)
+
+    def fit(self, memory: Callable[[], Memory]) -> str:
+        """Become thrifty where the memory that is free asks for it, and say what a training takes."""
+        needs, free = memory(), comfy.model_management.get_free_memory(self.device)
+        if needs.adapters + needs.step > free:
+            self.thrifty = True
+            needs = memory()
+        told = (
+            f"Takes about {_amount(needs.weights)} for the weights, {_amount(needs.adapters)} for the slider and the optimiser and "
+            f"{_amount(needs.step)} for a step"
+        )
+        if self.thrifty:
+            told += f", with blocks computed twice because only {_amount(free)} are free"
+        if needs.adapters + needs.step > free:
+            told += ". That may not suffice: if it runs out, make the batch or the pictures smaller"
+        return told + "."
 
     @property
     def sampling(self):
@@ -148,11 +218,8 @@ class Trainee:
         """What the model predicts at x (batch, channels, height, width) with noise `sigma` (batch,): the noise, for a flow the velocity,
         both as (x - x0) / sigma.
         """
-        self.strength = strength
-        try:
+        with self._at(strength):
             clean = self.model.apply_model(x, sigma, **condition, transformer_options={})
-        finally:
-            self.strength = 0.0
         return (x - clean) / sigma[:, None, None, None]
 
     def state(self, name_of: Callable[[str], str]) -> dict[str, torch.Tensor]:
@@ -164,6 +231,60 @@ class Trainee:
             state[f"{name}.lora_up.weight"] = adapter.up.detach().cpu().clone()
             state[f"{name}.alpha"] = torch.tensor(float(adapter.alpha))
         return state
+
+
+class Memory(NamedTuple):
+    """Bytes that a training takes: the model's weights; the adapters with their gradients and the optimiser; one step at its fullest."""
+
+    weights: int
+    adapters: int
+    step: int
+
+
+class _Counted(TorchDispatchMode):
+    """Bytes of the storages that operations made and that something still holds: now, and at the fullest. `given`: what was there."""
+
+    def __init__(self, given: Sequence[torch.Tensor]):
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._held = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._held:
+                    self._held[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: int) -> None:
+        self.now -= self._held.pop(storage, 0)
+
+
+class Objective:
+    """What a `Loop` trains: the losses of a step, and what is carried from step to step."""
+
+    def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
+        """Each is differentiated by itself, which holds one prediction in memory at a time."""
+        raise NotImplementedError
+
+    def done(self, step: int) -> None:
+        """Called after each step."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of it."""
+        return {}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from there."""
+
+    def memory(self) -> Memory:
+        """What training on it takes."""
+        raise NotImplementedError
 
 
 class Outcome(NamedTuple):
@@ -189,26 +310,16 @@ class Loop:
         self.good: list[tuple[int, list[torch.Tensor]]] = [(0, self._copies())]
         self.resumed = 0
 
-    def run(
-        self,
-        loss_of: Callable[[int], Sequence[Callable[[], torch.Tensor]]],
-        *,
-        carried: Callable[[], dict[str, torch.Tensor]] = dict,
-        carry: Callable[[dict[str, torch.Tensor]], None] = lambda state: None,
-        each: Callable[[int], None] = lambda step: None,
-    ) -> Outcome:
-        """Train to the last step. `loss_of` gives the losses of a step, each of which is differentiated by itself and added up; `carried`
-        and `carry` save and restore what the caller has between steps (random states, points of paths); `each` is called after every
-        step, may show a preview and may raise to cancel.
-        """
-        self._resume(carry)
+    def run(self, objective: Objective, each: Callable[[int], None] = lambda step: None) -> Outcome:
+        """Train to the last step. `each` is called after every step, may show a preview and may raise to cancel."""
+        self._resume(objective)
         told = [f"Resumed at step {self.resumed}."] if self.resumed else []
         try:
             for step in range(len(self.losses), self.steps):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 self.optimizer.zero_grad(set_to_none=True)
                 total = 0.0
-                for part in loss_of(step):
+                for part in objective.losses(step):
                     loss = part()
                     (SCALE * loss).backward()
                     total += float(loss.detach())
@@ -224,9 +335,10 @@ class Loop:
                 self.optimizer.step()
                 if (step + 1) % GOOD_EVERY == 0:
                     self.good = [self.good[-1], (step + 1, self._copies())]
+                objective.done(step)
                 each(step)
         except BaseException:
-            self._save(carried)
+            self._save(objective)
             raise
         if self.file is not None:
             self.file.unlink(missing_ok=True)
@@ -251,13 +363,13 @@ class Loop:
     def _copies(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
 
-    def _save(self, carried: Callable[[], dict[str, torch.Tensor]]) -> None:
+    def _save(self, objective: Objective) -> None:
         if self.file is None or not self.losses:
             return
         kept = {f"parameter.{number}": tensor for number, tensor in enumerate(self._copies())}
         for number, parameter in enumerate(self.parameters):
             kept |= {f"{key}.{number}": torch.as_tensor(value) for key, value in self.optimizer.state[parameter].items()}
-        kept |= {f"carried.{name}": tensor for name, tensor in carried().items()}
+        kept |= {f"carried.{name}": tensor for name, tensor in objective.state().items()}
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in kept.items()}
         part = self.file.with_suffix(".part")
         try:
@@ -267,7 +379,7 @@ class Loop:
         except (OSError, SafetensorError):
             part.unlink(missing_ok=True)  # a full disk loses the checkpoint, and must not hide why the training stopped
 
-    def _resume(self, carry: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    def _resume(self, objective: Objective) -> None:
         if self.file is None or not self.file.exists():
             return
         try:
@@ -288,7 +400,7 @@ class Loop:
         self.losses = json.loads(told["losses"])
         self.resumed = len(self.losses)
         self.good = [(self.resumed, self._copies())]
-        carry({name.removeprefix("carried."): tensor for name, tensor in kept.items() if name.startswith("carried.")})
+        objective.restore({name.removeprefix("carried."): tensor for name, tensor in kept.items() if name.startswith("carried.")})
 
 
 def identity_of(patcher, settings: Mapping[str, Any], texts: Sequence[torch.Tensor]) -> str:
@@ -342,6 +454,14 @@ def _trainable(patcher):
                 "host's own loaders."
             )
         return patcher.clone(force_deepcopy=True)
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _adaptable(layer: nn.Module) -> bool:

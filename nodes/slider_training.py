@@ -1,20 +1,24 @@
-"""Sliders trained in the graph."""
+"""Sliders trained in the graph: from prompts, and from pairs of pictures."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
+from PIL import Image
 from safetensors import SafetensorError
 
 from ..host.families import family_of
-from ..host.slider_training import Entry, Text, TextObjective, Ways
-from ..host.training import Loop, Trainee, TrainingError, identity_of, published_names
+from ..host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
+from ..host.training import Loop, Objective, Trainee, TrainingError, identity_of, published_names
 from ._shared import LORA_MODEL
 
 log = logging.getLogger("concept_nodes")
@@ -22,6 +26,47 @@ PUBLISHED, BOTH, ERASE, ABLATE = "published", "both poles", "erase", "ablate"
 STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), ERASE: (1.0,), ABLATE: (1.0,)}
 SUBFOLDER = "concept_nodes"
 HOLE = "{}"
+
+
+def optimiser_inputs(steps: int, rate: float) -> list:
+    """What every training is set by, with its own defaults."""
+    return [
+        io.Int.Input("steps", default=steps, min=1, max=100_000, tooltip="Steps of the optimiser."),
+        io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures in each step."),
+        io.Float.Input("learning_rate", default=rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, tooltip="Of AdamW."),
+        io.Int.Input("rank", default=4, min=1, max=256, tooltip="Rank of the slider's matrices."),
+        io.Float.Input("alpha", default=1.0, min=0.01, max=256.0, step=0.1, tooltip="The slider is scaled by alpha / rank."),
+    ]
+
+
+def file_inputs() -> list:
+    """Seed, name and previews."""
+    return [
+        io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="The same seed, the same file."),
+        io.String.Input(
+            "name",
+            default="my slider",
+            tooltip="The file's name in output/loras/concept_nodes. A file that is there already is kept under a number.",
+        ),
+        io.Int.Input(
+            "previews",
+            default=8,
+            min=0,
+            max=1000,
+            optional=True,
+            tooltip="How often, while it trains, the node shows one picture at strengths -1, 0 and 1. Each takes about as long as three "
+            "steps. Neutral: 0, none.",
+        ),
+    ]
+
+
+def training_outputs() -> list:
+    return [
+        io.Custom(LORA_MODEL).Output("lora", display_name="lora", tooltip="The slider, for Concept Slider's `lora`."),
+        io.Custom("LOSS_MAP").Output("losses", display_name="losses", tooltip="The loss of each step, for the host's loss plot."),
+        io.String.Output("file", display_name="file", tooltip="Where the file lies."),
+        io.String.Output("report", display_name="report", tooltip="What was trained, on what, for how long."),
+    ]
 
 
 class SliderTrainText(io.ComfyNode):
@@ -66,54 +111,149 @@ class SliderTrainText(io.ComfyNode):
                     ),
                 ),
                 io.Float.Input("eta", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="How far strength 1 goes. Not read by 'ablate'."),
-                io.Int.Input("steps", default=500, min=1, max=100_000, tooltip="Steps of the optimiser."),
-                io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures in each step."),
-                io.Float.Input("learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7, tooltip="Of AdamW."),
-                io.Int.Input("rank", default=4, min=1, max=256, tooltip="Rank of the slider's matrices."),
-                io.Float.Input("alpha", default=1.0, min=0.01, max=256.0, step=0.1, tooltip="The slider is scaled by alpha / rank."),
+                *optimiser_inputs(500, 2e-4),
                 io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures that it is trained on."),
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Their height."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="The same seed, the same file."
-                ),
-                io.String.Input(
-                    "name",
-                    default="my slider",
-                    tooltip="The file's name in output/loras/concept_nodes. A file that is there already is kept under a number.",
-                ),
+                *file_inputs(),
+                io.Vae.Input("vae", optional=True, tooltip="Draws the previews. Neutral: not connected, they show the latent's colours."),
             ],
-            outputs=[
-                io.Custom(LORA_MODEL).Output("lora", display_name="lora", tooltip="The slider, for Concept Slider's `lora`."),
-                io.Custom("LOSS_MAP").Output("losses", display_name="losses", tooltip="The loss of each step, for the host's loss plot."),
-                io.String.Output("file", display_name="file", tooltip="Where the file lies."),
-                io.String.Output("report", display_name="report", tooltip="What was trained, on what, for how long."),
-            ],
+            outputs=training_outputs(),
             is_output_node=True,
         )
 
     @classmethod
     def execute(
-        cls, model, clip, target, more, less, preserve, objective, eta, steps, batch, learning_rate, rank, alpha, width, height, seed, name
-    ) -> io.NodeOutput:
-        settings = dict(
-            target=target, more=more, less=less, preserve=preserve, objective=objective, eta=eta, steps=steps, batch=batch,
-            learning_rate=learning_rate, rank=rank, alpha=alpha, width=width, height=height, seed=seed,
-        )  # fmt: skip
+        cls, model, clip, target, more, less, preserve, objective, eta, steps, batch, learning_rate, rank, alpha, width, height, seed, name,
+        previews=0, vae=None,
+    ) -> io.NodeOutput:  # fmt: skip
         stem = checked_stem(name)
-        lora, losses, told = train(model, clip, settings, stem)
-        about = {
-            "concept": stem,
-            "poles": [less.replace(HOLE, "").strip(), more.replace(HOLE, "").strip()],
-            "range": [-2, 2],
-            "objective": f"{objective}, eta {eta:g}, {steps} steps of {batch}, learning rate {learning_rate:g}, seed {seed}",
-            "base": family_of(model.model).name,
-        }
-        try:
-            path, where = saved(lora, stem, about), "Saved as {}."
-        except OSError as error:  # the training is not to be lost for that
-            path, where = folder() / f"{stem}.safetensors", f"NOT saved as {{}} ({error}): save it from the lora output, or make room."
-        report = "\n".join([*told, where.format(path)])
-        return io.NodeOutput(lora, {"loss": losses}, str(path), report, ui=ui.PreviewText(report))
+        asked = dict(target=target, more=more, less=less, preserve=preserve, objective=objective)
+        settings = Settings(steps, batch, learning_rate, rank, alpha, seed)
+        rows, way, encode = prompts(asked), signed(objective, eta), _encoder(clip)
+        entries, empty = [Entry(*map(encode, row)) for row in rows], encode("")
+        if len({text.context.shape for text in encode.read.values()}) > 1:
+            raise TrainingError("The prompts take windows of unlike lengths. Make the longest ones shorter.")
+        down = model.model.latent_format.spacial_downscale_ratio
+        size = height // down, width // down
+
+        def begin(trainee: Trainee) -> Objective:
+            ways = Ways(trainee, len(entries), batch, size, seed)
+            return TextObjective(trainee, entries, empty, ways, eta=way, strengths=STRENGTHS[objective])
+
+        return trained(
+            model, settings, stem, {**asked, "eta": eta, "width": width, "height": height}, encode, begin,
+            Watched(entries[0].target, size, previews, vae),
+            told=f"{len(entries)} prompts",
+            poles=[less.replace(HOLE, "").strip(), more.replace(HOLE, "").strip()],
+            how=f"{objective}, eta {eta:g}",
+        )  # fmt: skip
+
+
+class SliderTrainImages(io.ComfyNode):
+    """A slider trained from pairs of pictures."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_SliderTrainImages",
+            display_name="Train Slider from Images",
+            category="concept/sliders",
+            description=(
+                "Trains a slider from pairs of pictures, before and after: for what words do not name. Four to six pairs that differ in "
+                "the one thing will do. The file is a LoRA that any loader reads; Concept Slider takes it from the socket at once."
+            ),
+            search_aliases=["concept slider", "image pairs", "before after", "visual slider", "train LoRA"],
+            is_input_list=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to train on, from one of the host's loaders. It is not changed."),
+                io.Clip.Input("clip", tooltip="Reads the prompt."),
+                io.Vae.Input("vae", tooltip="Reads the pictures, and draws the previews."),
+                io.Image.Input("before", tooltip="Pictures with less of it: where strength -1 leads. A batch, or a list of any sizes."),
+                io.Image.Input("after", tooltip="The same pictures with more of it, in the same order: where strength 1 leads."),
+                io.String.Input(
+                    "prompt", default="", multiline=True, tooltip="What all of the pictures show. Neutral: empty, the slider acts on all."
+                ),
+                *optimiser_inputs(500, 1e-4),
+                *file_inputs(),
+            ],
+            outputs=training_outputs(),
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, before, after, prompt, steps, batch, learning_rate, rank, alpha, seed, name, previews=(0,)
+    ) -> io.NodeOutput:
+        model, clip, vae, prompt, seed, name, previews = (given[0] for given in (model, clip, vae, prompt, seed, name, previews))
+        settings = Settings(*(given[0] for given in (steps, batch, learning_rate, rank, alpha)), seed)
+        stem, encode = checked_stem(name), _encoder(clip)
+        down, channels = model.model.latent_format.spacial_downscale_ratio, model.model.latent_format.latent_channels
+        pairs = [tuple(vae.encode(picture[None]) for picture in pair) for pair in picture_pairs(before, after, down)]
+        if pairs[0][0].shape[1] != channels:
+            raise TrainingError(
+                f"The vae's latents have {pairs[0][0].shape[1]} channels and the model's {channels}. Connect the model's own vae."
+            )
+        pairs = [(less[0].clone(), more[0].clone()) for less, more in pairs]
+        text = encode(prompt)
+
+        def begin(trainee: Trainee) -> Objective:
+            return ImageObjective(trainee, pairs, text, batch=settings.batch, seed=seed)
+
+        return trained(
+            model, settings, stem, {"prompt": prompt, "of": "pairs"}, encode, begin,
+            Watched(text, tuple(pairs[0][0].shape[-2:]), previews, vae),
+            told=f"{len(pairs)} pairs of pictures",
+            poles=["before", "after"],
+            how="image pairs",
+            seen=[latent for pair in pairs for latent in pair],
+        )  # fmt: skip
+
+
+class Settings(NamedTuple):
+    """Of the optimiser and the file."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    seed: int
+
+
+class Watched(NamedTuple):
+    """What previews show: a prompt, at a size of latents (height, width), so many times; by an autoencoder if there is one."""
+
+    text: Text
+    size: tuple[int, int]
+    times: int
+    vae: Any
+
+
+def picture_pairs(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], multiple: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of pictures (h, w, 3) from two lists of batches, cut to multiples of so many pixels. Raises TrainingError that names the pair
+    which cannot be learnt from.
+    """
+    less, more = ([picture[..., :3] for batch in given for picture in batch] for given in (before, after))
+    if len(less) != len(more):
+        raise TrainingError(
+            f"There are {len(less)} pictures before and {len(more)} after, so they make no pairs. Give both sockets as many, in one order."
+        )
+    pairs = []
+    for number, (one, other) in enumerate(zip(less, more, strict=True), 1):
+        if one.shape != other.shape:
+            raise TrainingError(
+                f"Pair {number} is of unlike sizes: {one.shape[1]} x {one.shape[0]} pixels before, {other.shape[1]} x {other.shape[0]} "
+                "after. Scale or crop one of them."
+            )
+        if not (one.isfinite().all() and other.isfinite().all()):
+            raise TrainingError(f"Pair {number} holds values that are no numbers (NaN or infinity). Load it again, or leave it out.")
+        if torch.equal(one, other):
+            raise TrainingError(f"Both pictures of pair {number} are the same, so there is nothing between them to learn. Leave it out.")
+        height, width = (length // multiple * multiple for length in one.shape[:2])
+        if not height or not width:
+            raise TrainingError(f"Pair {number} is {one.shape[1]} x {one.shape[0]} pixels, which is less than the model can draw.")
+        pairs.append((one[:height, :width], other[:height, :width]))
+    return pairs
 
 
 def prompts(settings: dict) -> list[tuple[str, str, str, str]]:
@@ -152,55 +292,71 @@ def _filled(text: str, line: str) -> str:
     return (text.replace(HOLE, line) if HOLE in text else f"{line} {text}" if line and text else text).strip()
 
 
-def train(model, clip, settings: dict, stem: str):
-    """LORA_MODEL, losses and what to tell. Raises TrainingError and UnsupportedFamily."""
-    texts = prompts(settings)
-    family = family_of(model.model)
-    kind = settings["objective"]
-    eta = signed(kind, settings["eta"])
-    read: dict[str, Text] = {}
+def _encoder(clip) -> Callable[[str], Text]:
+    """Reads each prompt once; `read` has all of them."""
 
     def encode(text: str) -> Text:
-        if text not in read:
-            read[text] = Text(*clip.encode_from_tokens(clip.tokenize(text), return_pooled=True))
-        return read[text]
+        if text not in encode.read:
+            encode.read[text] = Text(*clip.encode_from_tokens(clip.tokenize(text), return_pooled=True))
+        return encode.read[text]
 
-    entries = [Entry(*map(encode, row)) for row in texts]
+    encode.read = {}
+    return encode
+
+
+def trained(
+    model, settings: Settings, stem: str, asked: dict, encode, begin: Callable[[Trainee], Objective], watched: Watched,
+    *, told: str, poles: list[str], how: str, seen: Sequence[torch.Tensor] = (),
+) -> io.NodeOutput:  # fmt: skip
+    """Train, save and tell. `asked` and `seen`: what else a checkpoint must be of, as settings and as tensors. Raises TrainingError and
+    UnsupportedFamily.
+    """
     empty = encode("")
-    if len({text.context.shape for text in read.values()}) > 1:
-        raise TrainingError("The prompts take windows of unlike lengths. Make the longest ones shorter.")
-    identity = identity_of(model, settings, [text.context for text in read.values()])
-    bar = comfy.utils.ProgressBar(settings["steps"])
-    with Trainee(model, family.slider_layers, rank=settings["rank"], alpha=settings["alpha"], seed=settings["seed"]) as trainee:
-        down = model.model.latent_format.spacial_downscale_ratio
-        size = settings["height"] // down, settings["width"] // down
-        ways = Ways(trainee, len(entries), settings["batch"], size, settings["seed"])
-        needs = trainee.memory((settings["batch"] * 3, *ways.x.shape[1:]))
-        log.info("Training needs about %s.", ", ".join(f"{size:.0f} MB for {what}" for what, size in needs.items()))
-        text = TextObjective(trainee, entries, empty, ways, eta=eta, strengths=STRENGTHS[kind])
-        loop = Loop(
-            trainee.parameters(),
-            steps=settings["steps"],
-            rate=settings["learning_rate"],
-            identity=identity,
-            file=checkpoint(stem, identity),
-        )
+    identity = identity_of(model, {**asked, **settings._asdict()}, [text.context for text in encode.read.values()] + [*seen])
+    bar = comfy.utils.ProgressBar(settings.steps)
+    with Trainee(model, family_of(model.model).slider_layers, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as trainee:
+        objective = begin(trainee)
+        needs = trainee.fit(objective.memory)
+        log.info(needs)
+        file = checkpoint(stem, identity)
+        loop = Loop(trainee.parameters(), steps=settings.steps, rate=settings.learning_rate, identity=identity, file=file)
+        decode = decoder(trainee, watched.vae) if watched.times else None
+        preview = Preview(trainee, watched.text, empty, watched.size, decode, settings.seed) if decode else None
+        every = max(1, settings.steps // max(1, watched.times))
 
         def each(step: int) -> None:
-            text.done(step)
-            bar.update_absolute(step + 1, settings["steps"])
+            shown = None
+            if preview is not None and (step + 1) % every == 0:
+                page = preview.page(f"step {step + 1} of {settings.steps}")[0]
+                picture = Image.fromarray((page * 255).round().to(torch.uint8).numpy())
+                shown = "JPEG", picture, max(picture.size)
+            bar.update_absolute(step + 1, settings.steps, shown)
 
-        outcome = loop.run(text.losses, carried=ways.state, carry=ways.restore, each=each)
+        outcome = loop.run(objective, each)
         lora = trainee.state(published_names(trainee.model))
-        layers = len(trainee.adapters)
+        layers, family = len(trainee.adapters), trainee.family.name
     first, last = (sum(part) / len(part) for part in (outcome.losses[:20], outcome.losses[-20:]))
-    told = [
-        f"Needed about {', '.join(f'{size:.0f} MB for {what}' for what, size in needs.items())}.",
-        f"Trained {len(outcome.losses)} steps of {settings['batch']} on {layers} layers of {family.name}, {len(entries)} prompts; "
-        f"loss {first:.3g} in the first steps, {last:.3g} in the last.",
-        *outcome.told,
-    ]
-    return lora, outcome.losses, told
+    about = {
+        "concept": stem,
+        "poles": poles,
+        "range": [-2, 2],
+        "objective": f"{how}, {settings.steps} steps of {settings.batch}, learning rate {settings.learning_rate:g}, seed {settings.seed}",
+        "base": family,
+    }
+    try:
+        path, where = saved(lora, stem, about), "Saved as {}."
+    except OSError as error:  # the training is not to be lost for that
+        path, where = folder() / f"{stem}.safetensors", f"NOT saved as {{}} ({error}): save it from the lora output, or make room."
+    report = "\n".join(
+        [
+            needs,
+            f"Trained {len(outcome.losses)} steps of {settings.batch} on {layers} layers of {family}, {told}; "
+            f"loss {first:.3g} in the first steps, {last:.3g} in the last.",
+            *outcome.told,
+            where.format(path),
+        ]
+    )
+    return io.NodeOutput(lora, {"loss": outcome.losses}, str(path), report, ui=ui.PreviewText(report))
 
 
 def checked_stem(name: str) -> str:
@@ -239,4 +395,4 @@ def saved(lora: dict[str, torch.Tensor], stem: str, about: dict) -> Path:
     return path
 
 
-NODES = [SliderTrainText]
+NODES = [SliderTrainText, SliderTrainImages]

@@ -140,6 +140,8 @@ PLUMBING = {
     "ConceptNodes_RegionSlider": "adds to a list; test_slider.py holds that it acts as a region's LoRA does",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_SliderTrainText": "trains a file; test_training.py holds what it is",
+    "ConceptNodes_SliderTrainImages": "trains a file; test_training.py holds what it is",
+    "ConceptNodes_LabPairs": "draws pictures; test_lab_scenes.py holds what they are",
     "ConceptNodes_SliderSweep": "a list of what Slider makes; test_sweep.py holds that each is",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from concept_nodes.host import lab
-from concept_nodes.host.slider_training import Entry, Text, TextObjective, Ways
-from concept_nodes.host.training import Loop, Trainee, TrainingError, identity_of, published_names
+from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways
+from concept_nodes.host.training import Loop, Trainee, TrainingError, _Counted, identity_of, published_names
 from concept_nodes.nodes import slider_training as node
 from concept_nodes.nodes.sliders import Slider
 
@@ -32,11 +32,15 @@ def begun(trainee, model, *, entries=2, batch=2, eta=1.0, strengths=(1.0,), step
 
 def run(objective, loop, stop=None):
     def each(step):
-        objective.done(step)
         if step == stop:
             raise comfy.model_management.InterruptProcessingException()
 
-    return loop.run(objective.losses, carried=objective.ways.state, carry=objective.ways.restore, each=each)
+    return loop.run(objective, each)
+
+
+def free(size):
+    """Stands in for the host's measure of free memory."""
+    return lambda device=None, torch_free_too=False: (size, size) if torch_free_too else size
 
 
 def trainee(model, **options):
@@ -103,6 +107,90 @@ class TestOnEveryFamily:
             merged.adapters.clear()
             again = merged.predict(x.clone(), sigma, merged.condition(*text(model, 10), x), 0.0)
         torch.testing.assert_close(own, again, **CLOSE)
+
+    def test_memory_is_what_a_step_takes(self, kind):
+        """The step on shapes alone, against the same step with numbers, counted the same way."""
+        model = models.build(kind)
+        with trainee(model) as learner:
+            objective, _ = begun(learner, model)
+            given = [*learner.model.parameters(), *learner.parameters()]
+            for learner.thrifty in (False, True):
+                with _Counted(given) as counted:
+                    for loss in objective.losses(0):
+                        loss().backward()
+                for parameter in learner.parameters():
+                    parameter.grad = None
+                assert objective.memory().step == pytest.approx(counted.peak, rel=0.1)
+            assert all(parameter.grad is None for parameter in learner.parameters())
+
+    def test_thrifty_gradients_are_the_same(self, kind):
+        model, found = models.build(kind), []
+        with trainee(model) as learner:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            objective, _ = begun(learner, model, strengths=(1.0, -1.0))
+            for learner.thrifty in (False, True):
+                for loss in objective.losses(0):
+                    loss().backward()
+                found.append([parameter.grad for parameter in learner.parameters()])
+                for parameter in learner.parameters():
+                    parameter.grad = None
+        for plain, again in zip(*found, strict=True):
+            torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-7)
+
+    def test_image_objective_is_the_published_formula(self, kind):
+        """Each pole's own noise prediction, at opposite strengths, with the same noise and level."""
+        model = models.build(kind)
+        with trainee(model) as learner:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            channels, prompt, drawn = learner.model.latent_format.latent_channels, text(model, 1), []
+            pairs = [(torch.randn(channels, 8, 8), torch.randn(channels, 8, 8))]
+            objective = ImageObjective(learner, pairs, prompt, batch=2, seed=3)
+            plain = learner.predict
+            learner.predict = lambda *given: drawn.append(given) or plain(*given)
+            losses = [float(loss().detach()) for loss in objective.losses(5)]
+            assert [given[3] for given in drawn] == [1.0, -1.0]
+            assert torch.equal(drawn[0][1], drawn[1][1])
+            noises = []
+            for (x, sigma, given, strength), side, loss in zip(drawn, (1, 0), losses, strict=True):
+                wide = sigma[:, None, None, None]
+                clean = learner.model.process_latent_in(pairs[0][side]).expand(2, -1, -1, -1)
+                flow = kind == "flux"
+                noise = (x - (1 - wide) * clean) / wide if flow else (x - clean) / wide
+                noises.append(noise)
+                with torch.no_grad():
+                    wanted = noise - clean if flow else noise
+                    assert loss == pytest.approx(float((plain(x, sigma, given, strength) - wanted).square().mean()), rel=1e-3)
+            torch.testing.assert_close(*noises, rtol=1e-3, atol=1e-3)
+
+    def test_previews_are_the_slider_at_three_strengths(self, kind):
+        """They come from the slider as it is, and take nothing from the training's random numbers."""
+        model = models.build(kind)
+        with trainee(model) as learner:
+            seen, size = [], (8, 8)
+
+            def decode(latent):
+                seen.append(latent)
+                return latent[:, :3].movedim(1, -1).sigmoid()
+
+            preview = Preview(learner, text(model, 1), text(model, 2), size, decode, 7)
+            state = torch.get_rng_state()
+            preview.page("as it begins")
+            assert torch.equal(seen[0], seen[1])
+            assert torch.equal(seen[1], seen[2])
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.1)
+            page = preview.page("moved")
+            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(seen[4], seen[1])
+            assert not torch.equal(seen[3], seen[4])
+            assert not torch.equal(seen[4], seen[5])
+            assert page.shape[2] > 3 * 192
+            assert all(parameter.grad is None for parameter in learner.parameters())
 
 
 class TestLoop:
@@ -228,6 +316,20 @@ class TestLoop:
             objective = TextObjective(learner, [entry], text(model, 99), ways, eta=3.0)
             assert float(objective.losses(0)[0]().detach()) == pytest.approx(0, abs=1e-10)
 
+    def test_too_little_memory_computes_blocks_twice(self, model, monkeypatch):
+        with trainee(model) as learner:
+            objective, _ = begun(learner, model)
+            assert "free" not in learner.fit(objective.memory)
+            assert not learner.thrifty
+            plain = objective.memory()
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free(plain.adapters + plain.step - 1))
+            told = learner.fit(objective.memory)
+            assert learner.thrifty
+            assert "blocks computed twice" in told
+            assert "may not suffice" not in told
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free(1))
+            assert "make the batch or the pictures smaller" in learner.fit(objective.memory)
+
     def test_no_layer_to_train(self, model):
         with pytest.raises(TrainingError, match="None of this model's layers"), Trainee(model, "nowhere", rank=2, alpha=1.0, seed=1):
             pass
@@ -301,7 +403,7 @@ class TestNode:
         lora, losses, file, report = output.result
         assert len(losses["loss"]) == 3
         assert file == str(places / "output" / "loras" / "concept_nodes" / "light.safetensors")
-        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "2 prompts", "Saved as", "MB for weights"):
+        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "2 prompts", "Saved as", "MB for the weights"):
             assert part in report
         slid = Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0]
         assert slid is not model
@@ -334,7 +436,92 @@ class TestNode:
         assert [path.name for path in file.parent.iterdir()] == [file.name]
         assert file.read_bytes() == before
 
+    def test_previews_change_nothing(self, places):
+        """With an autoencoder, without one, and none at all: the same slider."""
+        with torch.inference_mode():
+            vae = lab.load_vae("vae")
+        first, *others = (self.execute(previews=times, vae=given)[1].result[0] for times, given in ((0, None), (3, None), (2, vae)))
+        assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
     @pytest.mark.parametrize("objective", ["both poles", "erase", "ablate"])
     def test_objectives(self, places, objective):
         """The largest seed among them."""
         assert len(self.execute(objective=objective, seed=2**63 - 1)[1].result[1]["loss"]) == 3
+
+
+class TestImageNode(TestNode):
+    """The same laws, from pairs of pictures."""
+
+    test_objectives = None
+
+    def execute(self, **changes):
+        with torch.inference_mode():
+            model, clip, vae = lab.load_model("unet"), lab.load_clip(), lab.load_vae("vae")
+        generator = torch.Generator().manual_seed(1)
+        given = dict(
+            before=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
+            after=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
+            prompt="", steps=3, batch=2, learning_rate=1e-3, rank=4, alpha=1.0, seed=3, name="light", previews=0,
+        )  # fmt: skip
+        changes.pop("vae", None)
+        given |= changes
+        with torch.inference_mode():
+            listed = {key: value if key in ("before", "after") else [value] for key, value in given.items()}
+            return model, node.SliderTrainImages.execute([model], [clip], [vae], **listed)
+
+    def test_trains_saves_and_tells(self, places):
+        model, output = self.execute()
+        lora, losses, _, report = output.result
+        assert len(losses["loss"]) == 3
+        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "3 pairs of pictures", "Saved as"):
+            assert part in report
+        assert Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0] is not model
+
+    def test_another_picture_is_another_training(self, places):
+        """A checkpoint of other pictures is not taken up."""
+        given = {"before": [torch.zeros(1, 64, 64, 3)], "after": [torch.ones(1, 64, 64, 3)]}
+        assert not torch.equal(
+            self.lora(**given)["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"],
+            self.lora()["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"],
+        )
+
+    def lora(self, **changes):
+        return self.execute(**changes)[1].result[0]
+
+    def test_another_autoencoder_is_refused(self, places):
+        with torch.inference_mode():
+            model, clip, vae = lab.load_model("unet"), lab.load_clip(), lab.load_vae("vae")
+        model.model.latent_format.latent_channels, before = 16, model.model.latent_format.latent_channels
+        try:
+            with pytest.raises(TrainingError, match="4 channels and the model's 16"), torch.inference_mode():
+                node.SliderTrainImages.execute(
+                    [model], [clip], [vae], [torch.zeros(1, 64, 64, 3)], [torch.ones(1, 64, 64, 3)], [""], [1], [1], [1e-3], [4], [1.0],
+                    [0], ["x"],
+                )  # fmt: skip
+        finally:
+            model.model.latent_format.latent_channels = before
+
+
+class TestPairs:
+    ONE = torch.rand(2, 32, 40, 3, generator=torch.Generator().manual_seed(0))
+
+    def pairs(self, before, after):
+        return node.picture_pairs([before], [after], 8)
+
+    def test_pairs_keep_their_order_and_are_cut_to_whole_latents(self):
+        pairs = self.pairs(torch.rand(2, 35, 40, 4), torch.rand(2, 35, 40, 4))
+        assert [tuple(picture.shape) for pair in pairs for picture in pair] == [(32, 40, 3)] * 4
+
+    @pytest.mark.parametrize(
+        ("before", "after", "told"),
+        [
+            (ONE, ONE[:1] + 0.1, "2 pictures before and 1 after"),
+            (ONE, torch.rand(2, 40, 32, 3), "Pair 1 is of unlike sizes: 40 x 32 pixels before, 32 x 40 after"),
+            (ONE, torch.cat([1 - ONE[:1], ONE[1:] / 0]), "Pair 2 holds values that are no numbers"),
+            (ONE, torch.cat([1 - ONE[:1], ONE[1:]]), "Both pictures of pair 2 are the same"),
+            (ONE[:, :6], 1 - ONE[:, :6], "Pair 1 is 40 x 6 pixels"),
+        ],
+    )
+    def test_what_cannot_be_learnt_from_is_told(self, before, after, told):
+        with pytest.raises(TrainingError, match=told):
+            self.pairs(before, after)
