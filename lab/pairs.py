@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .scenes import FILLS, MAX_DIAMETER, MIN_DIAMETER, STYLES, Scenes, render, sample_scenes
+from .scenes import COLOURS, FILLS, MAX_DIAMETER, MIN_DIAMETER, STYLES, Scenes, render, sample_scenes
 
 # What changes: an attribute of all objects or of the scene, and its values before and after.
 CHANGES: dict[str, tuple[str, float | int, float | int]] = {
     "small to large": ("diameter", MIN_DIAMETER, MAX_DIAMETER),
     "dark to light": ("background", 0.07, 0.93),
+    "green to blue": ("colour", COLOURS.index("green"), COLOURS.index("blue")),
     "outline to solid": ("fill", FILLS.index("outline"), FILLS.index("solid")),
     **{f"flat to {style}": ("style", STYLES.index("flat"), STYLES.index(style)) for style in STYLES if style != "flat"},
 }

@@ -74,7 +74,7 @@ class LabPairs(io.ComfyNode):
                 io.Int.Input("count", default=8, min=1, max=1024, tooltip="How many pairs."),
                 io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures."),
                 io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="The same seed, the same scenes."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
             ],
             outputs=[
                 io.Image.Output("before", display_name="before", tooltip="The scenes before the change."),

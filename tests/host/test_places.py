@@ -156,7 +156,7 @@ def test_a_masked_slider_shrinks_the_object_under_the_mask_and_not_the_other():
         return tuple(sum(found) / len(found) for found in sizes)
 
     def masked(mask):
-        return MaskedLoRA.execute(loaded.model, "concept_lab/size.safetensors", -2.0, 0.0, 1.0, mask).result[0]
+        return MaskedLoRA.execute(loaded.model, "concept_lab/sliders/unet/size.safetensors", -2.0, 0.0, 1.0, mask).result[0]
 
     star, circle = diameters(loaded.model)
     for mask, shrunk, kept in ((half, 0, 1), (1 - half, 1, 0)):

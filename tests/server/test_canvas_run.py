@@ -64,7 +64,7 @@ def test_the_documented_script_queues_three_regions(client, host, monkeypatch):
         ('{"regions": [{"shapes": [{"stroke": [0, 0], "radius": 1e999}]}]}', r"regions\[0\].shapes\[0\].radius"),
         (
             '{"regions": [{"loras": [{"file": "concept_lab\\\\bakground.safetensors"}]}]}',
-            "Did you mean 'concept_lab/background.safetensors'",
+            "Did you mean 'concept_lab/sliders/unet/background.safetensors'",
         ),
         (" " * 2_000_001, "at most 2,000,000"),
     ],

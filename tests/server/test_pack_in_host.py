@@ -42,7 +42,7 @@ def test_host_lists_our_nodes_and_keeps_its_own(client):
 def test_stock_lora_loader_offers_the_shipped_slider(client):
     offered = client.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
     names = offered[0] if isinstance(offered[0], list) else offered[1]["options"]
-    assert "concept_lab/background.safetensors" in [name.replace("\\", "/") for name in names]
+    assert "concept_lab/sliders/unet/background.safetensors" in [name.replace("\\", "/") for name in names]
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)

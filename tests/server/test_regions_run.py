@@ -17,7 +17,7 @@ from pack import ROOT
 from pictures import pixels
 
 ROBOT = "concept_lab/characters/unet/robot.safetensors"
-BACKGROUND, SIZE = "concept_lab/background.safetensors", "concept_lab/size.safetensors"
+BACKGROUND, SIZE = "concept_lab/sliders/unet/background.safetensors", "concept_lab/sliders/unet/size.safetensors"
 LEFT, RIGHT = "a medium red star on the left on a grey background", "a medium blue square on the right on a grey background"
 CONTROL = "small_control_lora.safetensors"
 SEEDS = itertools.count(1000)
