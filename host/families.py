@@ -100,6 +100,9 @@ FAMILIES = (
 )
 
 
+# The host's layers of these have no gradient: their norm and rotation are one fused operation that knows the way forward only.
+NO_GRADIENT = ("CosmosT2IPredict2", "CosmosI2VPredict2", "Anima")
+
 ALL = "all"
 BUT = "all but "
 MIDDLE = "middle block"

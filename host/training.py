@@ -24,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from .families import family_of
+from .families import NO_GRADIENT, family_of
 
 LOST = 20.0  # times the loss that training began with: past that it diverges
 GOOD_EVERY = 25  # steps between states that a diverging training goes back to
@@ -73,7 +73,8 @@ class Adapter(nn.Module):
 
 
 class Trainee:
-    """A model with adapters on the layers that a pattern names, for as long as the context lasts.
+    """A model with adapters on the layers that a pattern names (None: those of the family's published sliders), for as long as the context
+    lasts.
 
     adapters  by module name (from the host's BaseModel)
     device    where it computes
@@ -81,10 +82,17 @@ class Trainee:
               a third more time, a fraction of the memory
     """
 
-    def __init__(self, patcher, layers: str, *, rank: int, alpha: float, seed: int):
+    def __init__(self, patcher, layers: str | None = None, *, rank: int, alpha: float, seed: int):
+        config = type(patcher.model.model_config).__name__
+        if config in NO_GRADIENT:
+            raise TrainingError(
+                f"Nothing can be trained on a model of the family {config}: the host computes its attention with an operation that has no "
+                "gradient. Train on a model of another family."
+            )
         self.family = family_of(patcher.model)
         self.patcher = _trainable(patcher)
-        self.layers, self.rank, self.alpha, self.seed = layers, rank, alpha, seed
+        self.layers = self.family.slider_layers if layers is None else layers
+        self.rank, self.alpha, self.seed = rank, alpha, seed
         self.strength, self.thrifty = 0.0, False
         self.adapters: dict[str, Adapter] = {}
 
@@ -168,32 +176,33 @@ class Trainee:
             alive = [shapes.from_tensor(parameter) for parameter in [*self.model.parameters(), *self.parameters()]]
             x, sigma = shapes.from_tensor(x), shapes.from_tensor(sigma)
             tensors = {name: shapes.from_tensor(value) for name, value in tensors.items()}
-            with _Counted([*alive, x, sigma, *tensors.values()]) as counted:
+            with contextlib.suppress(DataDependentOutputException), _Counted([*alive, x, sigma, *tensors.values()]) as counted:
+                # Where memory is so short that the host attends piece by piece, it asks numbers of tensors that have none here.
+                known = False
                 wanted = x
                 if ahead:
                     with torch.no_grad():
                         given = {name: many(value) for name, value in tensors.items()} | rest
                         wanted = self.predict(many(x), many(sigma), given, 0.0)[: len(x)]
                 nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
+                known = True
             del alive
         for parameter in self.parameters():
             parameter.grad = None
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), counted.peak)
+        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), counted.peak if known else None)
 
     def fit(self, memory: Callable[[], Memory]) -> str:
         """Become thrifty where the memory that is free asks for it, and say what a training takes."""
         needs, free = memory(), comfy.model_management.get_free_memory(self.device)
-        if needs.adapters + needs.step > free:
+        if needs.step is None or needs.adapters + needs.step > free:
             self.thrifty = True
             needs = memory()
-        told = (
-            f"Takes about {_amount(needs.weights)} for the weights, {_amount(needs.adapters)} for the slider and the optimiser and "
-            f"{_amount(needs.step)} for a step"
-        )
+        told = f"Takes about {_amount(needs.weights)} for the weights, {_amount(needs.adapters)} for the slider and the optimiser"
+        told += " and as much as is free for a step" if needs.step is None else f" and {_amount(needs.step)} for a step"
         if self.thrifty:
             told += f", with blocks computed twice because only {_amount(free)} are free"
-        if needs.adapters + needs.step > free:
+        if needs.step is None or needs.adapters + needs.step > free:
             told += ". That may not suffice: if it runs out, make the batch or the pictures smaller"
         return told + "."
 
@@ -234,11 +243,13 @@ class Trainee:
 
 
 class Memory(NamedTuple):
-    """Bytes that a training takes: the model's weights; the adapters with their gradients and the optimiser; one step at its fullest."""
+    """Bytes that a training takes: the model's weights; the adapters with their gradients and the optimiser; one step at its fullest (None:
+    not known).
+    """
 
     weights: int
     adapters: int
-    step: int
+    step: int | None
 
 
 class _Counted(TorchDispatchMode):

@@ -16,7 +16,6 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from safetensors import SafetensorError
 
-from ..host.families import family_of
 from ..host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
 from ..host.training import Loop, Objective, Trainee, TrainingError, identity_of, published_names
 from ._shared import LORA_MODEL
@@ -314,7 +313,7 @@ def trained(
     empty = encode("")
     identity = identity_of(model, {**asked, **settings._asdict()}, [text.context for text in encode.read.values()] + [*seen])
     bar = comfy.utils.ProgressBar(settings.steps)
-    with Trainee(model, family_of(model.model).slider_layers, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as trainee:
+    with Trainee(model, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as trainee:
         objective = begin(trainee)
         needs = trainee.fit(objective.memory)
         log.info(needs)

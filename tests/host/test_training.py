@@ -10,7 +10,7 @@ import torch
 
 from concept_nodes.host import lab
 from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways
-from concept_nodes.host.training import Loop, Trainee, TrainingError, _Counted, identity_of, published_names
+from concept_nodes.host.training import Loop, Memory, Trainee, TrainingError, _Counted, identity_of, published_names
 from concept_nodes.nodes import slider_training as node
 from concept_nodes.nodes.sliders import Slider
 
@@ -44,9 +44,7 @@ def free(size):
 
 
 def trainee(model, **options):
-    from concept_nodes.host.families import family_of
-
-    return Trainee(model, family_of(model.model).slider_layers, rank=2, alpha=1.0, seed=1, **options)
+    return Trainee(model, rank=2, alpha=1.0, seed=1, **options)
 
 
 @pytest.mark.parametrize("kind", list(models.KINDS))
@@ -316,23 +314,41 @@ class TestLoop:
             objective = TextObjective(learner, [entry], text(model, 99), ways, eta=3.0)
             assert float(objective.losses(0)[0]().detach()) == pytest.approx(0, abs=1e-10)
 
-    def test_too_little_memory_computes_blocks_twice(self, model, monkeypatch):
+    @pytest.mark.parametrize(
+        ("available", "thrifty", "told"),
+        [
+            (10**9, False, "for a step."),
+            (10**8, True, "because only 100 MB are free."),
+            (10**7, True, "make the batch or the pictures smaller."),
+        ],
+    )
+    def test_too_little_memory_computes_blocks_twice(self, model, monkeypatch, available, thrifty, told):
+        with trainee(model) as learner:
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free(available))
+            report = learner.fit(lambda: Memory(10**6, 10**6, 5 * 10**7 if learner.thrifty else 5 * 10**8))
+            assert learner.thrifty == thrifty
+            assert report.endswith(told)
+
+    def test_memory_so_short_that_it_cannot_be_worked_out(self, model, monkeypatch):
+        """The host then attends piece by piece, which shapes alone do not tell."""
         with trainee(model) as learner:
             objective, _ = begun(learner, model)
-            assert "free" not in learner.fit(objective.memory)
-            assert not learner.thrifty
-            plain = objective.memory()
-            monkeypatch.setattr(comfy.model_management, "get_free_memory", free(plain.adapters + plain.step - 1))
-            told = learner.fit(objective.memory)
-            assert learner.thrifty
-            assert "blocks computed twice" in told
-            assert "may not suffice" not in told
             monkeypatch.setattr(comfy.model_management, "get_free_memory", free(1))
-            assert "make the batch or the pictures smaller" in learner.fit(objective.memory)
+            assert "as much as is free for a step" in learner.fit(objective.memory)
 
     def test_no_layer_to_train(self, model):
         with pytest.raises(TrainingError, match="None of this model's layers"), Trainee(model, "nowhere", rank=2, alpha=1.0, seed=1):
             pass
+
+
+@pytest.mark.parametrize("config", ["Anima", "CosmosT2IPredict2", "CosmosI2VPredict2"])
+def test_models_without_gradients_are_refused_by_reason(config):
+    import comfy.supported_models
+
+    model = models.build()
+    model.model.model_config = getattr(comfy.supported_models, config)({})
+    with pytest.raises(TrainingError, match=f"{config}.*has no gradient"):
+        Trainee(model, rank=2, alpha=1.0, seed=1)
 
 
 class TestPrompts:
