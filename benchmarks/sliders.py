@@ -9,7 +9,8 @@ under `<model>_<slider>_`, each over seeds:
     validity_loss    share of valid pictures at strength 0, minus that at the worst strength
     position_shift   pixels that the object moves between strength 0 and the ends, from the family's default start on
     interference     change of all other attributes, as a share of their ranges, where the attribute has moved by a quarter of its range
-    interference_ratio  that, over the best prompt-based arm's
+    interference_ratio  that, over the best prompt-based arm's; interference_to_published  over the published loop's
+    free_spearman    as spearman, for the training-free embedding form
     stock_difference largest difference of a latent from the stock loader's
     control_span     span of a random LoRA of the same layers and norms: small, or the measure has no power
 
@@ -28,9 +29,10 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,7 +45,7 @@ from ..lab.eye import Eye
 from ..lab.measure import draw_latents
 from ..lab.scenes import COLOURS, SHAPES, SIZES
 from ..nodes.sliders import Slider, SliderPrompts
-from . import _report
+from . import _report, _trainings
 from ._report import Claim, Figure, mean, share
 
 STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
@@ -62,7 +64,12 @@ CLAIMS = {
     "interference_ratio": Claim(high=0.5),
     "stock_difference": Claim(high=1e-3),
     "control_span": Claim(high=0.1),
+    "free_spearman": Claim(low=0.9),
+    "interference_to_published": Claim(high=1.0),
 }
+TIMES = {"train_seconds": Claim(high=240), "train_time_ratio": Claim(high=0.5)}
+TRAINED = (0.2, 0.3, 0.4, 0.6, 1.0)  # shares of a workflow's steps
+TIMED = ("size", "background")
 PROMPT_ARMS = ("weighting", "swap", "interpolation")
 PLACES = ("on the left", "on the right", "in the centre", "at the top", "at the bottom")
 GROUNDS = ("black", "dark grey", "light grey", "white")
@@ -206,10 +213,19 @@ class Bench:
 
     def sweep(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float], of: str = "") -> Sweep:
         """Draw and read; what was done before with the same weights is taken from the last run. `of`: what else it depends on."""
-        key = json.dumps([self.name, self.about, slider, arm, seeds, strengths, of])
+        return Sweep(*self.kept([slider, arm, seeds, strengths], of, lambda: tuple(self._swept(slider, arm, drawer, seeds, strengths))))
+
+    def kept(self, what: Any, of: str, make: Callable) -> Any:
+        """What `make` gives, or gave in an earlier run with the same weights: long runs can be stopped and begun again."""
+        key = json.dumps([self.name, self.about, what, of])
         file = KEPT / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.pt"
-        if file.exists():
-            return Sweep(*torch.load(file, weights_only=True))
+        if not file.exists():
+            made = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(made, file)
+        return torch.load(file, weights_only=True)
+
+    def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
         began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
         rows: dict[float, tuple] = {}
         for strength in sorted({0.0, *strengths}, key=abs):
@@ -224,8 +240,6 @@ class Bench:
             columns[2].append([others(slider, *pair) for pair in zip(plain, readings, strict=True)])
             columns[3].append([shift(*pair) for pair in zip(plain, readings, strict=True)])
         done = Sweep(strengths, *(torch.tensor(column).T for column in columns))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(tuple(done), file)
         print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
         return done
 
@@ -260,21 +274,34 @@ def whole(values: torch.Tensor) -> torch.Tensor:
     return values[~values.isnan().any(1)]
 
 
-def at_effect(slider: str, sweep: Sweep, effect: float = EFFECT) -> torch.Tensor | None:
-    """(seeds,) change of the other attributes where the mean attribute has moved by so much of its range, averaged over both ways, between
-    the strengths that were drawn; None where it never moves so far either way.
+def at_effect(slider: str, sweep: Sweep, effect: float = EFFECT) -> dict[int, torch.Tensor]:
+    """By the way that the mean attribute goes (1 up, -1 down): (seeds,) change of the other attributes where it has gone so much of its
+    range, between the strengths that were drawn. A way that does not lead so far is left out.
     """
     zero = sweep.strengths.index(0.0)
     moved = (sweep.attribute.nanmean(0) - sweep.attribute[:, zero].nanmean()) / RANGES[slider]
-    found = []
-    for way in (1, -1):
-        at = list(range(zero, len(sweep.strengths))) if way > 0 else list(range(zero, -1, -1))
-        for near, far in zip(at, at[1:], strict=False):
+    found = {}
+    for way, at in ((1, range(zero, len(sweep.strengths))), (-1, range(zero, -1, -1))):
+        for near, far in pairwise(at):
             if way * moved[far] >= effect > way * moved[near]:
                 part = float((effect - way * moved[near]) / (way * (moved[far] - moved[near])))
-                found.append(sweep.changed[:, near] + part * (sweep.changed[:, far] - sweep.changed[:, near]))
+                found[way] = sweep.changed[:, near] + part * (sweep.changed[:, far] - sweep.changed[:, near])
                 break
-    return torch.stack(found).mean(0) if found else None
+    return found
+
+
+def together(found: dict[int, torch.Tensor], ways: Iterable[int]) -> torch.Tensor:
+    """(seeds,) mean over some ways."""
+    return torch.stack([found[way] for way in ways]).mean(0)
+
+
+def best_rival(mine: dict[int, torch.Tensor], rivals: list[dict[int, torch.Tensor]]) -> Figure | None:
+    """Our change of others over that of the rival which changes least, over the ways that both lead; None where no rival leads anywhere."""
+    compared = [(rival, ways) for rival in rivals if (ways := sorted(mine.keys() & rival.keys()))]
+    if not compared:
+        return None
+    rival, ways = min(compared, key=lambda pair: float(together(*pair).mean()))
+    return ratio(together(mine, ways), together(rival, ways))
 
 
 def ratio(above: torch.Tensor, below: torch.Tensor, resamples: int = 2000) -> Figure:
@@ -300,25 +327,23 @@ def random_twin(state: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torc
     return {key: tensor if key.endswith("alpha") else like(tensor) for key, tensor in state.items()}
 
 
-def stock_differences(bench: Bench, slider: str, file: str, seeds: list[int]) -> torch.Tensor:
+def stock_differences(lab_model, texts: list[str], file: str, seeds: list[int]) -> torch.Tensor:
     """(seeds,) largest absolute difference of a latent, Slider against the stock loader, over four strengths."""
     import comfy.sd
     import comfy.utils
 
     state = comfy.utils.load_torch_file(str(resolve("loras", file)), safe_load=True)
-    texts = [prompt(slider, seed) for seed in seeds]
     differences = []
     for strength in (-2.0, -0.5, 1.0, 2.0):
-        ours = Slider.execute(bench.lab.model, file, strength, 0.0, 1.0).result[0]
-        theirs, _ = comfy.sd.load_lora_for_models(bench.lab.model, None, state, strength, 0.0)
-        pair = [draw_latents(bench.lab, texts, size=64, seeds=seeds, model=model) for model in (ours, theirs)]
+        ours = Slider.execute(lab_model.model, file, strength, 0.0, 1.0).result[0]
+        theirs, _ = comfy.sd.load_lora_for_models(lab_model.model, None, state, strength, 0.0)
+        pair = [draw_latents(lab_model, texts, size=64, seeds=seeds, model=model) for model in (ours, theirs)]
         differences.append((pair[0] - pair[1]).abs().flatten(1).amax(1))
     return torch.stack(differences).amax(0)
 
 
 def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
     """One arm's course: mean attribute, where seen, validity and change of others at each strength; and the change at equal effect."""
-    equal = at_effect(slider, sweep)
     return {
         "model": model,
         "slider": slider,
@@ -328,7 +353,7 @@ def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
         "attribute": [round(value, 4) for value in sweep.attribute.nanmean(0).tolist()],
         "valid": [round(value, 4) for value in sweep.valid.mean(0).tolist()],
         "changed": [round(value, 4) for value in sweep.changed.mean(0).tolist()],
-        "interference": None if equal is None else round(float(equal.mean()), 4),
+        "interference": {way: round(float(changed.mean()), 4) for way, changed in at_effect(slider, sweep).items()},
         "spearman": round(float(spearman(whole(sweep.attribute)).mean()), 4) if len(whole(sweep.attribute)) else None,
     }
 
@@ -352,21 +377,48 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -
         late = bench.sweep(slider, "ours, late", bench.slider(file, start=bench.start), few, [-2.0, 0.0, 2.0], of)
         moved = late.moved[:, [0, 2]].flatten()
         figures["position_shift"] = mean(moved[~moved.isnan()])
-        figures["stock_difference"] = mean(stock_differences(bench, slider, file, few[:8]))
+        figures["stock_difference"] = mean(stock_differences(bench.lab, [prompt(slider, seed) for seed in few[:8]], file, few[:8]))
         twin = bench.sweep(slider, "random LoRA of equal norms", bench.slider("", lora=random_twin(state)), few, [-2.0, 0.0, 2.0], of)
         figures["control_span"] = mean(span(slider, whole(twin.attribute)).abs())
         arms.append(arm(bench.name, slider, "random LoRA of equal norms", twin))
         sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), few, STRENGTHS) for name in PROMPT_ARMS}
         sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), few, STRENGTHS) for form in ("embedding", "guidance")}
         arms += [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
+        for name, way in _trainings.WAYS.items() if bench.name == "unet" and slider != "neon" else ():
+            lora, seconds = bench.kept(f"{slider} {name}", of, lambda way=way: way(bench.name, slider))
+            sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
+            arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
         mine = at_effect(slider, ours)
-        rivals = [found for name in PROMPT_ARMS if (found := at_effect(slider, sweeps[name])) is not None]
-        if mine is not None:
-            figures["interference"] = mean(mine)
-            if rivals:
-                figures["interference_ratio"] = ratio(mine, min(rivals, key=lambda found: float(found.mean())))
+        if mine:
+            figures["interference"] = mean(together(mine, mine))
+        if compared := best_rival(mine, [at_effect(slider, sweeps[name]) for name in PROMPT_ARMS]):
+            figures["interference_ratio"] = compared
+        if "published loop" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["published loop"])])):
+            figures["interference_to_published"] = compared
         figures["free_spearman"] = mean(spearman(whole(sweeps["embedding"].attribute)))
     return {f"{bench.name}_{slider}_{key}": figure for key, figure in figures.items()}, arms
+
+
+def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """Seconds that the slider's workflow trains, and how long it trains until it has the published loop's effect, over that loop's time:
+    the first of TRAINED steps whose span between -1 and 1 is no smaller.
+    """
+    of = json.dumps(sliders.settings(sliders.workflow(bench.name, slider)))
+    told, spans, took = [], {}, {}
+    steps = sliders.settings(sliders.workflow(bench.name, slider))["steps"]
+    ways = {"published loop": lambda: _trainings.released(bench.name, slider)} | {
+        f"ours, {share:.0%}": lambda share=share: _trainings.trained(sliders.workflow(bench.name, slider), steps=round(steps * share))
+        for share in TRAINED
+    }
+    for name, way in ways.items():
+        lora, took[name] = bench.kept([f"time of {slider}", name], of, way)
+        sweep = bench.sweep(slider, f"time, {name}", bench.slider("", lora=lora), seeds, [-1.0, 0.0, 1.0], of)
+        spans[name] = float(span(slider, whole(sweep.attribute)).mean())
+        told.append({"model": bench.name, "slider": slider, "arm": name, "seconds": round(took[name], 1), "span_1": round(spans[name], 4)})
+        if name != "published loop" and spans[name] >= spans["published loop"]:
+            break
+    alone = {"train_time_ratio": took[name] / took["published loop"], "train_seconds": took[name] / float(TRAINED[len(took) - 2])}
+    return {f"{bench.name}_{slider}_{key}": Figure(value, value, value, 1) for key, value in alone.items()}, told
 
 
 def composed(bench: Bench, names: list[str], seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
@@ -417,6 +469,10 @@ def _measure(sample: bool):
                 found, courses = measure_slider(bench, name, seeds, full=not sample)
                 figures |= found
                 arms += courses
+                if not sample and model == "unet" and name in TIMED:
+                    found, told = training_time(bench, name, seeds[:ARM_SEEDS])
+                    figures |= found
+                    arms += told
             if not sample and len(names) > 1:
                 found, told = composed(bench, names, seeds[:ARM_SEEDS])
                 figures |= found
@@ -427,6 +483,7 @@ def _measure(sample: bool):
 def claims() -> dict[str, Claim]:
     """What is claimed of every shipped slider, by the figure's name."""
     made = {f"{model}_{slider}_{key}": claim for model in lab.MODELS for slider in sliders.shipped(model) for key, claim in CLAIMS.items()}
+    made |= {f"unet_{slider}_{key}": claim for slider in TIMED for key, claim in TIMES.items() if slider in sliders.shipped("unet")}
     return made | {f"{model}_compose5": Claim(low=0.8) for model in lab.MODELS if len(sliders.shipped(model)) > 1}
 
 

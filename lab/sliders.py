@@ -7,10 +7,12 @@ without a server, and the file is put where the lab's sliders lie, in half preci
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -68,31 +70,34 @@ def execute(graph: dict, name: str):
         return outputs(next(number for number, node in graph.items() if node["class_type"] == name))
 
 
-def train(model: str, name: str, output: Path, **changes) -> float:
-    """Train by the workflow, with changes to its training node, write the file, and say how many seconds the node took."""
+@contextlib.contextmanager
+def scratch_folders() -> Iterator[None]:
+    """The host writes its outputs and its user's things to a folder that goes away."""
     import folder_paths
 
-    graph = workflow(model, name)
-    settings(graph).update(changes)
     before = folder_paths.get_output_directory(), folder_paths.get_user_directory()
     with tempfile.TemporaryDirectory() as scratch:
         folder_paths.set_output_directory(scratch)
         folder_paths.set_user_directory(scratch)
         try:
-            began = time.monotonic()
-            trainer = next(node["class_type"] for node in graph.values() if node["class_type"] in TRAINERS)
-            _, _, file, report = execute(graph, trainer)
-            seconds = time.monotonic() - began
-            log.info("%s %s, %.0f s\n%s", model, name, seconds, report)
-            with safe_open(file, framework="pt") as made:
-                half = {key: made.get_tensor(key).half() for key in made.keys()}  # noqa: SIM118 (safe_open is no mapping)
-                told = made.metadata()
+            yield
         finally:
             folder_paths.set_output_directory(before[0])
             folder_paths.set_user_directory(before[1])
+
+
+def train(model: str, name: str, output: Path) -> None:
+    """Train by the workflow and write the file."""
+    graph, began = workflow(model, name), time.monotonic()
+    with scratch_folders():
+        trainer = next(node["class_type"] for node in graph.values() if node["class_type"] in TRAINERS)
+        _, _, file, report = execute(graph, trainer)
+        log.info("%s %s, %.0f s\n%s", model, name, time.monotonic() - began, report)
+        with safe_open(file, framework="pt") as made:
+            half = {key: made.get_tensor(key).half() for key in made.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            told = made.metadata()
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(half, output, metadata=told)
-    return seconds
 
 
 def main(argv: list[str]) -> int:
