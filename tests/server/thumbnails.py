@@ -28,7 +28,7 @@ VARIED = {
 }
 
 
-PAGES = ("slider_sweep", "slider_train")  # examples that make one page of many pictures
+PAGES = ("slider_sweep", "slider_train", "slider_train_images")  # examples that make one page of many pictures
 
 
 def thumbnail(client: Client, name: str) -> Image.Image:
