@@ -90,7 +90,7 @@ POLES = {
     "hue": (r"cyan", "blue", "green"),
     "background": (r"\bgrey background", "white background", "black background"),
     "fill": (r"^a (\w+)", r"a \1 solid", r"a \1 outlined"),
-    "neon": (r"$", ", neon style", ", flat style"),
+    "neon": (r"$", ", neon style", ", vintage style"),
 }
 
 

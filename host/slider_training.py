@@ -16,10 +16,17 @@ optimiser, and every point of them is trained at: the same points, for about a t
 
 From pairs (`ImageObjective`): the model's own loss on both pictures of a pair, at opposite strengths and with the same noise n,
 
-    L = MSE( e_+1(x_t(after, n), prompt), n ) + MSE( e_-1(x_t(before, n), prompt), n )
+    published   L = MSE( e_+1(x_t(after, n), prompt), n ) + MSE( e_-1(x_t(before, n), prompt), n )
 
-What the pictures of a pair have in common pulls both ways and leaves no trace; what differs is learnt. The released trainer scales all
-pictures to 256 or 512 pixels; here they keep their size.
+What the pictures of a pair have in common pulls both ways and leaves no trace; what differs is learnt. But n is mostly noise to learn
+from. The way between the pictures is known, so it can be the goal itself, as the text objective has it between prompts:
+
+    difference  L = w MSE( e_+1(x_t(before, n)), stopgrad[ e_0(x_t(before, n)) + eta (before - after) / sigma ] )
+                  + w MSE( e_-1(x_t(after, n)), stopgrad[ e_0(x_t(after, n)) + eta (after - before) / sigma ] ),
+    w = sigma^2 / (1 + sigma^2)
+
+which moves the picture that the model sees in x_t by a part of what is between the two (w: where the noise is low, the picture counts and
+not the noise). The released trainer scales all pictures to 256 or 512 pixels; here they keep their size.
 """
 
 from __future__ import annotations
@@ -161,14 +168,25 @@ class TextObjective(Objective):
 
 
 class ImageObjective(Objective):
-    """From pairs of latents (before, after), each (channels, height, width). Each step draws `batch` pairs of one size."""
+    """From pairs of latents (before, after), each (channels, height, width). Each step draws `batch` pairs of one size. eta: how much of
+    the difference strength 1 is; None trains as published.
+    """
 
-    def __init__(self, trainee: Trainee, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], prompt: Text, *, batch: int, seed: int):
-        self.trainee, self.prompt, self.batch, self.seed = trainee, prompt, batch, seed
+    def __init__(
+        self,
+        trainee: Trainee,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        prompt: Text,
+        *,
+        batch: int,
+        seed: int,
+        eta: float | None,
+    ):
+        self.trainee, self.prompt, self.batch, self.seed, self.eta = trainee, prompt, batch, seed, eta
         self.pairs = [tuple(trainee.model.process_latent_in(latent).to(trainee.device) for latent in pair) for pair in pairs]
 
     def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
-        """For +1 on the pictures after, and for -1 on those before."""
+        """For +1 and for -1."""
         trainee = self.trainee
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step + 1) % 2**63)
         first = int(torch.randint(len(self.pairs), (), generator=generator))
@@ -179,19 +197,28 @@ class ImageObjective(Objective):
         sigma = torch.tensor([trainee.sampling.percent_to_sigma(share) for share in shares.tolist()]).to(trainee.device)
         noise = trainee.noise(self.batch, *chosen[0][0].shape[-2:], generator)
         given = condition(trainee, [self.prompt] * self.batch, noise)
+        before, after = (torch.stack([pair[side] for pair in chosen]) for side in (0, 1))
+        wide = sigma[:, None, None, None]
 
-        def loss(side: int, strength: float) -> torch.Tensor:
-            clean = torch.stack([pair[side] for pair in chosen])
+        def published(clean: torch.Tensor, strength: float) -> torch.Tensor:
             x = trainee.sampling.noise_scaling(sigma, noise.clone(), clean)
-            return F.mse_loss(trainee.predict(x, sigma, given, strength), (x - clean) / sigma[:, None, None, None])
+            return F.mse_loss(trainee.predict(x, sigma, given, strength), (x - clean) / wide)
 
-        return [lambda: loss(1, 1.0), lambda: loss(0, -1.0)]
+        def difference(clean: torch.Tensor, other: torch.Tensor, strength: float) -> torch.Tensor:
+            x = trainee.sampling.noise_scaling(sigma, noise.clone(), clean)
+            with torch.no_grad():
+                goal = trainee.predict(x, sigma, given, 0.0) + self.eta * (clean - other) / wide
+            return (wide**2 / (1 + wide**2) * (trainee.predict(x, sigma, given, strength) - goal) ** 2).mean()
+
+        if self.eta is not None:
+            return [lambda: difference(before, after, 1.0), lambda: difference(after, before, -1.0)]
+        return [lambda: published(after, 1.0), lambda: published(before, -1.0)]
 
     def memory(self) -> Memory:
         largest = max((pair[0] for pair in self.pairs), key=torch.Tensor.numel)
         x = largest.expand(self.batch, -1, -1, -1).clone()
         sigma = torch.full((self.batch,), float(self.trainee.sampling.percent_to_sigma(0.5)), device=x.device)
-        return self.trainee.memory(x, sigma, condition(self.trainee, [self.prompt] * self.batch, x), 0)
+        return self.trainee.memory(x, sigma, condition(self.trainee, [self.prompt] * self.batch, x), int(self.eta is not None))
 
 
 def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | None:

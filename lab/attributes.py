@@ -27,14 +27,14 @@ RANGES = {
     "hue": HUES["blue"] - HUES["green"],
     "fill": 1.0,
     "background": BACKGROUND_RANGES[-1][1] - BACKGROUND_RANGES[0][0],
-    "neon": 1.0,
+    "neon": 2.0,
 }
 MEASURES = {
     "size": "diameter in pixels",
     "hue": "hue in degrees, 127 green to 232 blue",
     "fill": "solid 1, outlined 0",
     "background": "background lightness, 0 to 1",
-    "neon": "glowing 1, flat 0",
+    "neon": "neon 1, vintage -1",
 }
 
 
@@ -43,8 +43,7 @@ def attribute(slider: str, picture: torch.Tensor, reading: Reading) -> float:
     if slider == "background":
         return reading.background
     if slider == "neon":
-        flat, neon = (float(reading.styles[STYLES.index(style)]) for style in ("flat", "neon"))
-        return neon / (flat + neon)
+        return float(reading.styles[STYLES.index("neon")] - reading.styles[STYLES.index("vintage")])
     if not reading.objects:
         return NAN
     seen = reading.objects[0]

@@ -12,6 +12,7 @@ CHANGES: dict[str, tuple[str, float | int, float | int]] = {
     "dark to light": ("background", 0.07, 0.93),
     "green to blue": ("colour", COLOURS.index("green"), COLOURS.index("blue")),
     "outline to solid": ("fill", FILLS.index("outline"), FILLS.index("solid")),
+    "vintage to neon": ("style", STYLES.index("vintage"), STYLES.index("neon")),
     **{f"flat to {style}": ("style", STYLES.index("flat"), STYLES.index(style)) for style in STYLES if style != "flat"},
 }
 

@@ -21,6 +21,7 @@ from ..host.training import Loop, Objective, Trainee, TrainingError, identity_of
 from ._shared import LORA_MODEL
 
 log = logging.getLogger("concept_nodes")
+DIFFERENCE = "difference"
 PUBLISHED, BOTH, ERASE, ABLATE = "published", "both poles", "erase", "ablate"
 STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), ERASE: (1.0,), ABLATE: (1.0,)}
 SUBFOLDER = "concept_nodes"
@@ -172,7 +173,24 @@ class SliderTrainImages(io.ComfyNode):
                 io.String.Input(
                     "prompt", default="", multiline=True, tooltip="What all of the pictures show. Neutral: empty, the slider acts on all."
                 ),
-                *optimiser_inputs(500, 1e-4),
+                io.Combo.Input(
+                    "objective",
+                    options=[DIFFERENCE, PUBLISHED],
+                    default=DIFFERENCE,
+                    tooltip=(
+                        "'difference': the slider learns the way from one picture of a pair to the other, in a fraction of the steps. "
+                        "'published': it learns to draw the pictures, and with them what is between them."
+                    ),
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=0.5,
+                    min=0.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="How far strength 1 goes; 1 is the whole way from before to after. Not read by 'published'.",
+                ),
+                *optimiser_inputs(300, 2e-4),
                 *file_inputs(),
             ],
             outputs=training_outputs(),
@@ -181,11 +199,14 @@ class SliderTrainImages(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, before, after, prompt, steps, batch, learning_rate, rank, alpha, seed, name, previews=(0,)
+        cls, model, clip, vae, before, after, prompt, objective, eta, steps, batch, learning_rate, rank, alpha, seed, name, previews=(0,)
     ) -> io.NodeOutput:
-        model, clip, vae, prompt, seed, name, previews = (given[0] for given in (model, clip, vae, prompt, seed, name, previews))
+        model, clip, vae, prompt, objective, eta = (given[0] for given in (model, clip, vae, prompt, objective, eta))
+        seed, name, previews = (given[0] for given in (seed, name, previews))
         settings = Settings(*(given[0] for given in (steps, batch, learning_rate, rank, alpha)), seed)
         stem, encode = checked_stem(name), _encoder(clip)
+        if objective == DIFFERENCE and eta == 0:
+            raise TrainingError("eta is 0, so there is nothing to learn. Set it to 0.5 or more.")
         down, channels = model.model.latent_format.spacial_downscale_ratio, model.model.latent_format.latent_channels
         pairs = [tuple(vae.encode(picture[None]) for picture in pair) for pair in picture_pairs(before, after, down)]
         if pairs[0][0].shape[1] != channels:
@@ -196,14 +217,14 @@ class SliderTrainImages(io.ComfyNode):
         text = encode(prompt)
 
         def begin(trainee: Trainee) -> Objective:
-            return ImageObjective(trainee, pairs, text, batch=settings.batch, seed=seed)
+            return ImageObjective(trainee, pairs, text, batch=settings.batch, seed=seed, eta=eta if objective == DIFFERENCE else None)
 
         return trained(
-            model, settings, stem, {"prompt": prompt, "of": "pairs"}, encode, begin,
+            model, settings, stem, {"prompt": prompt, "objective": objective, "eta": eta, "of": "pairs"}, encode, begin,
             Watched(text, tuple(pairs[0][0].shape[-2:]), previews, vae),
             told=f"{len(pairs)} pairs of pictures",
             poles=["before", "after"],
-            how="image pairs",
+            how=f"image pairs, {objective}" + (f", eta {eta:g}" if objective == DIFFERENCE else ""),
             seen=[latent for pair in pairs for latent in pair],
         )  # fmt: skip
 

@@ -146,7 +146,7 @@ class TestOnEveryFamily:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
             channels, prompt, drawn = learner.model.latent_format.latent_channels, text(model, 1), []
             pairs = [(torch.randn(channels, 8, 8), torch.randn(channels, 8, 8))]
-            objective = ImageObjective(learner, pairs, prompt, batch=2, seed=3)
+            objective = ImageObjective(learner, pairs, prompt, batch=2, seed=3, eta=None)
             plain = learner.predict
             learner.predict = lambda *given: drawn.append(given) or plain(*given)
             losses = [float(loss().detach()) for loss in objective.losses(5)]
@@ -163,6 +163,28 @@ class TestOnEveryFamily:
                     wanted = noise - clean if flow else noise
                     assert loss == pytest.approx(float((plain(x, sigma, given, strength) - wanted).square().mean()), rel=1e-3)
             torch.testing.assert_close(*noises, rtol=1e-3, atol=1e-3)
+
+    def test_difference_objective_is_its_formula(self, kind):
+        """Each pole from the other's noisy picture: the plain prediction, moved by a part of the way."""
+        model = models.build(kind)
+        with trainee(model) as learner:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            channels, drawn = learner.model.latent_format.latent_channels, []
+            pairs = [(torch.randn(channels, 8, 8), torch.randn(channels, 8, 8))]
+            objective = ImageObjective(learner, pairs, text(model, 1), batch=2, seed=3, eta=0.7)
+            plain = learner.predict
+            learner.predict = lambda *given: drawn.append(given) or plain(*given)
+            losses = [float(loss().detach()) for loss in objective.losses(5)]
+            assert [given[3] for given in drawn] == [0.0, 1.0, 0.0, -1.0]
+            before, after = (learner.model.process_latent_in(side) for side in pairs[0])
+            for (x, sigma, given, strength), way, loss in zip(drawn[1::2], (before - after, after - before), losses, strict=True):
+                wide = sigma[:, None, None, None]
+                with torch.no_grad():
+                    wrong = plain(x, sigma, given, strength) - plain(x, sigma, given, 0.0) - 0.7 * way / wide
+                    expected = float((wrong * wide / (1 + wide**2).sqrt()).square().mean())
+                assert loss == pytest.approx(expected, rel=1e-3)
 
     def test_previews_are_the_slider_at_three_strengths(self, kind):
         """They come from the slider as it is, and take nothing from the training's random numbers."""
@@ -477,7 +499,8 @@ class TestImageNode(TestNode):
         given = dict(
             before=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
             after=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
-            prompt="", steps=3, batch=2, learning_rate=1e-3, rank=4, alpha=1.0, seed=3, name="light", previews=0,
+            prompt="", objective="difference", eta=0.5,
+            steps=3, batch=2, learning_rate=1e-3, rank=4, alpha=1.0, seed=3, name="light", previews=0,
         )  # fmt: skip
         changes.pop("vae", None)
         given |= changes
@@ -504,6 +527,11 @@ class TestImageNode(TestNode):
     def lora(self, **changes):
         return self.execute(**changes)[1].result[0]
 
+    def test_nothing_to_go_is_refused(self, places):
+        with pytest.raises(TrainingError, match="eta is 0"):
+            self.execute(eta=0.0)
+        assert self.execute(eta=0.0, objective="published")[1].result[0]
+
     def test_another_autoencoder_is_refused(self, places):
         with torch.inference_mode():
             model, clip, vae = lab.load_model("unet"), lab.load_clip(), lab.load_vae("vae")
@@ -511,7 +539,8 @@ class TestImageNode(TestNode):
         try:
             with pytest.raises(TrainingError, match="4 channels and the model's 16"), torch.inference_mode():
                 node.SliderTrainImages.execute(
-                    [model], [clip], [vae], [torch.zeros(1, 64, 64, 3)], [torch.ones(1, 64, 64, 3)], [""], [1], [1], [1e-3], [4], [1.0],
+                    [model], [clip], [vae], [torch.zeros(1, 64, 64, 3)], [torch.ones(1, 64, 64, 3)], [""], ["published"], [1.0],
+                    [1], [1], [1e-3], [4], [1.0],
                     [0], ["x"],
                 )  # fmt: skip
         finally:
