@@ -11,6 +11,7 @@ import torch
 from .eye import Reading
 from .scenes import BACKGROUND_RANGES, COLOUR_RGB, COLOURS, FILLS, MAX_DIAMETER, MIN_DIAMETER, STYLES
 
+SURE = 6.0  # log-odds past which a word is as sure as drawn scenes make it: 400 to 1
 CHROMA = 0.2  # of a pixel, from which on it has a colour
 NAN = math.nan
 
@@ -25,16 +26,16 @@ HUES = {name: hue_of(rgb) for name, rgb in zip(COLOURS, COLOUR_RGB, strict=True)
 RANGES = {
     "size": MAX_DIAMETER - MIN_DIAMETER,
     "hue": HUES["blue"] - HUES["green"],
-    "fill": 1.0,
+    "fill": 2 * SURE,
     "background": BACKGROUND_RANGES[-1][1] - BACKGROUND_RANGES[0][0],
-    "neon": 2.0,
+    "neon": 2 * SURE,
 }
 MEASURES = {
     "size": "diameter in pixels",
     "hue": "hue in degrees, 127 green to 232 blue",
-    "fill": "solid 1, outlined 0",
+    "fill": "solid 6 to outlined -6, log-odds",
     "background": "background lightness, 0 to 1",
-    "neon": "neon 1, vintage -1",
+    "neon": "neon 6 to vintage -6, log-odds",
 }
 
 
@@ -43,16 +44,21 @@ def attribute(slider: str, picture: torch.Tensor, reading: Reading) -> float:
     if slider == "background":
         return reading.background
     if slider == "neon":
-        return float(reading.styles[STYLES.index("neon")] - reading.styles[STYLES.index("vintage")])
+        return _odds(reading.styles, STYLES, "neon", "vintage")
     if not reading.objects:
         return NAN
     seen = reading.objects[0]
     if slider == "size":
         return seen.diameter
     if slider == "fill":
-        solid, outline = (float(seen.odds["fill"][FILLS.index(fill)]) for fill in ("solid", "outline"))
-        return solid / (solid + outline)
+        return _odds(seen.odds["fill"], FILLS, "solid", "outline")
     return _hue(picture, seen)
+
+
+def _odds(shares: torch.Tensor, words: Sequence[str], more: str, less: str) -> float:
+    """Log-odds of one word over another."""
+    shares = shares.double().clamp(min=1e-9).log()
+    return float((shares[words.index(more)] - shares[words.index(less)]).clamp(-SURE, SURE))
 
 
 def _hue(picture: torch.Tensor, seen) -> float:
