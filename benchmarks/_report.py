@@ -120,8 +120,9 @@ def check(name: str, measured: dict[str, Figure]) -> int:
 
 def judge(figures: dict[str, Figure], claims: dict[str, Claim]) -> int:
     """Print which claims the figures meet; 1 if any is not met."""
-    missed = [key for key, claim in claims.items() if not claim.met(figures[key])]
-    print(f"{len(claims) - len(missed)} of {len(claims)} claims met." + "".join(f"\nNOT MET: {key} {figures[key]}" for key in missed))
+    missed = [key for key, claim in claims.items() if key not in figures or not claim.met(figures[key])]
+    told = "".join(f"\nNOT MET: {key} {figures.get(key, 'not measured')}" for key in missed)
+    print(f"{len(claims) - len(missed)} of {len(claims)} claims met.{told}")
     return 1 if missed else 0
 
 

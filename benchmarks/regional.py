@@ -19,13 +19,24 @@ Cost: seconds a step over the plain graph's, on interleaved runs, for K boxes of
     step_ratio_lab_kK  the lab's UNet at 128 pixels
     hook_step_ratio_k8 the host's hook LoRA and masks, on the wide one
     calls_ratio_k8     model calls a step over the plain graph's, with a prompt of another length in every region
+
+With --size sdxl or flux, on a GPU, only this, for a model of the published size with random weights, in bfloat16 and in fp8 computed in it:
+
+    PRECISION_step_ratio_kK      K boxes of rank 16, a LoRA on the picture's rows of each (text none)
+    PRECISION_flat               the last less the first of these
+    PRECISION_step_ratio_own_k8  each box reading its own copy of the prompt as well (text own)
+    PRECISION_memory_k8          peak memory over the plain graph's, in sizes of the eight adapters
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -345,12 +356,12 @@ def wide_model():
 
 
 def random_lora(model, rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """A LoRA on all linear layers of the attention blocks and their 1x1 projections."""
+    """A LoRA on all linear layers of the attention blocks, without modulation, and their 1x1 projections."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, module in model.model.named_modules():
         weight = getattr(module, "weight", None)
-        inside = ".transformer_blocks." in name or name.endswith((".proj_in", ".proj_out"))
+        inside = re.search(r"\.(transformer|double|single)_blocks\.(?!.*mod)|\.proj_(in|out)$", name)
         if not inside or weight is None or weight.ndim < 2:
             continue
         state[f"{name}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.02
@@ -368,7 +379,7 @@ class Graph:
         """Seconds a step."""
         import comfy.sample
 
-        noise = torch.zeros(1, 4, self.side, self.side)
+        noise = torch.zeros(1, self.model.model.latent_format.latent_channels, self.side, self.side)
         began = time.perf_counter()
         comfy.sample.sample(
             self.model, noise, steps, self.cfg, "euler", "normal", self.positive, self.negative, noise, disable_pbar=True, seed=0
@@ -481,5 +492,155 @@ def _measure(sample: bool):
     return figures, arms
 
 
+# --- cost at real sizes ------------------------------------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """A model of a published size.
+
+    kind     class of the host's table (comfy.supported_models)
+    config   what the host's detection reads from such a checkpoint
+    width    of the text's states, `tokens` of them; pooled: of the pooled ones
+    side     of the latent
+    """
+
+    kind: str
+    config: dict
+    width: int
+    tokens: int
+    pooled: int
+    side: int
+    cfg: float
+
+
+SIZES = {
+    "sdxl": Size(
+        "SDXL",
+        lab.UNET_CONFIG
+        | {
+            "model_channels": 320,
+            "num_res_blocks": [2, 2, 2],
+            "channel_mult": [1, 2, 4],
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "transformer_depth_middle": 10,
+            "context_dim": 2048,
+            "num_heads": -1,
+            "num_head_channels": 64,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+        },
+        width=2048,
+        tokens=77,
+        pooled=1280,
+        side=128,
+        cfg=4.0,
+    ),
+    "flux": Size(
+        "Flux",
+        lab.DIT_CONFIG
+        | {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "num_heads": 24,
+            "depth": 19,
+            "depth_single_blocks": 38,
+            "axes_dim": [16, 56, 56],
+            "guidance_embed": True,
+        },
+        width=4096,
+        tokens=256,
+        pooled=768,
+        side=128,
+        cfg=1.0,
+    ),
+}
+PRECISIONS = {"bf16": (torch.bfloat16, None), "fp8": (torch.float8_e4m3fn, torch.bfloat16)}
+SIZED = {"repeats": 9, "steps": 4}
+
+
+def claims_of_size() -> dict[str, Claim]:
+    of_one = {"step_ratio_k8": Claim(high=1.05), "flat": Claim(-0.02, 0.02), "memory_k8": Claim(high=1.05)}
+    return {f"{precision}_{key}": claim for precision in PRECISIONS for key, claim in of_one.items()}
+
+
+def sized_model(size: Size, dtype: torch.dtype, compute: torch.dtype | None):
+    """MODEL of a size with random weights kept in `dtype`, on the device that it works on."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = getattr(comfy.supported_models, size.kind)(dict(size.config))
+    config.unet_config = dict(size.config)
+    config.set_inference_dtype(dtype, compute)
+    device = comfy.model_management.get_torch_device()
+    with torch.inference_mode(False):
+        model = config.get_model({}, "", device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        for parameter in model.diffusion_model.parameters():
+            spread = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+            # In bfloat16: a copy in float32 of everything would not fit beside it.
+            noise = torch.randn(parameter.shape, generator=generator, device=device, dtype=torch.bfloat16)
+            parameter.data = (noise * spread).to(parameter.dtype)
+    return comfy.model_patcher.ModelPatcher(model, device, device)
+
+
+def measure_size(size: Size, sample: bool, counts: Sequence[int] = (1, 2, 4, 8)) -> tuple[dict[str, Figure], list[dict]]:
+    figures: dict[str, Figure] = {}
+    rows = []
+    repeats = 3 if sample else SIZED["repeats"]
+    for precision, types in PRECISIONS.items():
+        model = sized_model(size, *types)
+        pooled = {"pooled_output": random_context(size.pooled, 1, 3)[0]}
+        conditions = [[[random_context(size.width, size.tokens, seed), pooled]] for seed in (1, 2)]
+        graphs = {"plain": Graph(model, *conditions, size.side, size.cfg)}
+        most, adapters_size = max(counts), 0
+        for k in counts:
+            regions = boxes(model, k)
+            graphs[f"step_ratio_k{k}"] = Graph(apply(model, regions, text="none")[0], *conditions, size.side, size.cfg)
+            if k == most:
+                graphs[f"step_ratio_own_k{k}"] = Graph(apply(model, regions)[0], *conditions, size.side, size.cfg)
+                adapters_size = sum(2 * tensor.numel() for hung in regions.hung.values() for one in hung for tensor in one.state.values())
+        measured = ratios(graphs, repeats, SIZED["steps"])
+        for arm, values in measured.items():
+            if arm != "plain":
+                figures[f"{precision}_{arm}"] = _middle(values)
+            rows.append({"arm": f"{precision}: {arm}", "ratios": [round(value, 4) for value in values]})
+            print(rows[-1], flush=True)
+        first, last = measured[f"step_ratio_k{min(counts)}"], measured[f"step_ratio_k{most}"]
+        figures[f"{precision}_flat"] = _middle([b - a for a, b in zip(first, last, strict=True)])
+        if torch.cuda.is_available():
+            plain, placed = (_peak(graphs[arm]) for arm in ("plain", f"step_ratio_k{most}"))
+            figures[f"{precision}_memory_k{most}"] = mean([(placed - plain) / adapters_size])
+            rows.append({"arm": f"{precision}: memory", "plain": plain, "placed": placed, "adapters": adapters_size})
+    return figures, rows
+
+
+def _peak(graph: Graph) -> int:
+    """Bytes at the peak of one run."""
+    torch.cuda.reset_peak_memory_stats()
+    graph.run(1)
+    return torch.cuda.max_memory_allocated()
+
+
+def _measure_size(name: str, sample: bool):
+    with torch.inference_mode():
+        return measure_size(SIZES[name], sample)
+
+
 def main(argv: list[str]) -> int:
-    return _report.run("regional", argv, _measure, CLAIMS)
+    parser = argparse.ArgumentParser(prog="run.py bench regional", add_help=False)
+    parser.add_argument("--size", choices=SIZES)
+    options, others = parser.parse_known_args(argv)
+    if options.size is None:
+        return _report.run("regional", others, _measure, CLAIMS)
+    if not torch.cuda.is_available():
+        print(f"bench regional --size {options.size} times a model of the published size, which needs a GPU, and torch finds none here.")
+        return 1
+    return _report.run(f"regional_{options.size}", others, partial(_measure_size, options.size), claims_of_size())

@@ -19,18 +19,20 @@ import torch
 
 from ..host import adapters, lab
 from ..host.files import resolve
-from ..lab.eye import Eye, attribute
-from ..lab.measure import draw, draw_latents
-from ..lab.scenes import BACKGROUND_RANGES, COLOURS, MAX_DIAMETER, MIN_DIAMETER, SHAPES, SIZES
+from ..lab import sliders
+from ..lab.attributes import attribute
+from ..lab.eye import Eye
+from ..lab.measure import draw
+from ..lab.scenes import COLOURS, SHAPES, SIZES
+from ..lab.sliders import file_of
 from ..nodes.sliders import Slider
 from . import _report
 from ._report import Claim, Figure, mean, share
+from .sliders import random_twin, span, spearman, stock_differences
 
 STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 SEEDS, SAMPLE = 240, 40
 FIRST_SEED = 20_000
-RANGES = {"background": BACKGROUND_RANGES[-1][1] - BACKGROUND_RANGES[0][0], "size": MAX_DIAMETER - MIN_DIAMETER}
-
 
 CLAIMS = {
     "spearman": Claim(low=0.9),
@@ -50,43 +52,17 @@ def prompt(slider: str, seed: int) -> str:
     return f"a {size} {rng.choice(COLOURS)} {rng.choice(SHAPES)} on a {background} background"
 
 
-def spearman(values: torch.Tensor) -> torch.Tensor:
-    """(N, K) values at K rising strengths -> (N,) rank correlations, ties at their middle rank."""
-    less = (values[:, :, None] > values[:, None, :]).sum(-1).double()
-    equal = (values[:, :, None] == values[:, None, :]).sum(-1).double()
-    ranks = less + (equal - 1) / 2
-    steps = torch.arange(values.shape[1], dtype=torch.float64)
-    ranks, steps = ranks - ranks.mean(1, keepdim=True), steps - steps.mean()
-    spread = ranks.norm(dim=1) * steps.norm()
-    return torch.where(spread > 0, (ranks * steps).sum(1) / spread.clamp(min=1e-12), torch.zeros_like(spread))
-
-
 def sweep(lab_model, eye: Eye, slider: str, file: str, seeds: list[int], lora=None) -> tuple[torch.Tensor, torch.Tensor]:
     """(seeds, strengths) attribute (NaN where nothing is seen) and validity, through the Slider node and the host's sampler."""
     texts = [prompt(slider, seed) for seed in seeds]
     values, valid = [], []
     for strength in STRENGTHS:
         model = Slider.execute(lab_model.model, "none" if lora else file, strength, 0.0, 1.0, lora).result[0]
-        readings = eye.read(draw(lab_model, texts, size=64, seeds=seeds, model=model))
-        values.append([attribute(slider, reading) for reading in readings])
+        pictures = draw(lab_model, texts, size=64, seeds=seeds, model=model)
+        readings = eye.read(pictures)
+        values.append([attribute(slider, *pair) for pair in zip(pictures, readings, strict=True)])
         valid.append([float(reading.valid > 0.5) for reading in readings])
     return torch.tensor(values).T, torch.tensor(valid).T
-
-
-def span(slider: str, values: torch.Tensor) -> torch.Tensor:
-    """(N, strengths) attribute -> (N,) share of the attribute's range that lies between the outermost strengths."""
-    return (values[:, -1] - values[:, 0]) / RANGES[slider]
-
-
-def random_twin(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA of the same layers and norms pointing nowhere in particular."""
-    generator = torch.Generator().manual_seed(7)
-
-    def like(tensor):
-        drawn = torch.randn(tensor.shape, generator=generator)
-        return drawn * tensor.float().norm() / drawn.norm()
-
-    return {key: tensor if key.endswith("alpha") else like(tensor) for key, tensor in state.items()}
 
 
 def measure_slider(slider: str, file: str, seeds: list[int], *, full: bool) -> tuple[dict[str, Figure], list[dict]]:
@@ -105,7 +81,7 @@ def measure_slider(slider: str, file: str, seeds: list[int], *, full: bool) -> t
     if full:
         lost = plain[:, None] - valid
         figures["validity_loss_worst"] = mean(lost[:, int(lost.mean(0).argmax())])
-        figures["stock_difference"] = mean(stock_differences(lab_model, slider, file, seeds[:8]))
+        figures["stock_difference"] = mean(stock_differences(lab_model, [prompt(slider, seed) for seed in seeds[:8]], file, seeds[:8]))
         twin = random_twin(adapters.read(resolve("loras", file)))
         values, valid = sweep(lab_model, eye, slider, file, seeds[: len(seeds) // 4], lora=twin)
         figures["control_span"] = mean(span(slider, values[~values.isnan().any(1)]).abs())
@@ -125,22 +101,6 @@ def arm(slider: str, name: str, values: torch.Tensor, valid: torch.Tensor) -> di
     }
 
 
-def stock_differences(lab_model, slider: str, file: str, seeds: list[int]) -> torch.Tensor:
-    """(seeds,) largest absolute difference of a latent, Slider against the stock loader, over four strengths."""
-    import comfy.sd
-    import comfy.utils
-
-    state = comfy.utils.load_torch_file(str(resolve("loras", file)), safe_load=True)
-    texts = [prompt(slider, seed) for seed in seeds]
-    differences = []
-    for strength in (-2.0, -0.5, 1.0, 2.0):
-        ours = Slider.execute(lab_model.model, file, strength, 0.0, 1.0).result[0]
-        theirs, _ = comfy.sd.load_lora_for_models(lab_model.model, None, state, strength, 0.0)
-        pair = [draw_latents(lab_model, texts, size=64, seeds=seeds, model=model) for model in (ours, theirs)]
-        differences.append((pair[0] - pair[1]).abs().flatten(1).amax(1))
-    return torch.stack(differences).amax(0)
-
-
 def _measure(sample: bool):
     seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
     if sample:
@@ -149,7 +109,7 @@ def _measure(sample: bool):
     arms: list[dict] = []
     with torch.inference_mode():
         for slider in shipped():
-            found, courses = measure_slider(slider, f"concept_lab/{slider}.safetensors", seeds, full=not sample)
+            found, courses = measure_slider(slider, file_of("unet", slider), seeds, full=not sample)
             figures |= found
             arms += courses
     return figures, arms
@@ -162,7 +122,7 @@ def claims() -> dict[str, Claim]:
 
 def shipped() -> list[str]:
     """The sliders that ship with the pack."""
-    return sorted(path.stem for path in (lab.LORAS / "concept_lab").glob("*.safetensors") if path.stem in RANGES)
+    return [name for name in ("background", "size") if name in sliders.shipped("unet")]
 
 
 def main(argv: list[str]) -> int:

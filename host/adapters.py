@@ -5,6 +5,7 @@ Whatever name the stock LoRA loader knows is placed here on the same weight. Ada
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -20,13 +21,14 @@ import comfy.lora_convert
 import comfy.utils
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops.lora import Factors, Stack, merge_middle
+from ..ops.lora import Factors, Stack, delta_square, merge_middle
+from ..ops.schedule import Schedule
 from .dispatcher import Call, Effect
-from .families import Family, family_of, family_of_file, layer_kind
-from .window import EVERYWHERE, Window
+from .families import ALL, Family, family_of, family_of_file, is_chosen, layer_kind
+from .window import course
 
 log = logging.getLogger("concept_nodes")
 
@@ -44,6 +46,8 @@ OTHER_KINDS = {
 # What the host's readers raise for bytes that are no LoRA. Others, such as running out of memory, are not the file's fault.
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, struct.error)
 KEYS_SHOWN = 3
+MOST = 10.0  # how far a slider is ever turned
+UNIT = 0.03  # the response (see Placement) at strength 1 in comparable units: about that of the lab's sliders as trained
 
 
 class AdapterError(ValueError):
@@ -62,15 +66,23 @@ class LowRank(NamedTuple):
 
 
 class AdapterEffect(Effect):
-    """A LoRA acting at one strength within a window, given in shares of sampling."""
+    """A LoRA acting at one strength, times a schedule where there is one, within a window, given in shares of sampling."""
 
-    def __init__(self, name: str, parts: Mapping[str, LowRank], strength: float, start_percent: float = 0.0, end_percent: float = 1.0):
+    def __init__(
+        self,
+        name: str,
+        parts: Mapping[str, LowRank],
+        strength: float,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        schedule: Schedule | None = None,
+    ):
         super().__init__(name, parts)
-        self.strength, self.start_percent, self.end_percent = strength, start_percent, end_percent
+        self.strength, self.start_percent, self.end_percent, self.schedule = strength, start_percent, end_percent, schedule
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        window = Window.of(model_sampling, self.start_percent, self.end_percent)
-        return lambda call: self.strength if window == EVERYWHERE or window.holds(call.sigma) else 0.0
+        factor = course(model_sampling, self.start_percent, self.end_percent, self.schedule)
+        return lambda call: self.strength * factor(call)
 
 
 class Placement(NamedTuple):
@@ -78,6 +90,17 @@ class Placement(NamedTuple):
 
     parts: dict[str, LowRank]
     report: str
+
+    def response(self) -> float:
+        """How much the layers' outputs change at strength 1, for inputs of unit variance: the root of the mean square over all of them.
+        Near the relative change of the weights where these keep the variance, and had without reading them.
+        """
+        factors = [one for part in self.parts.values() for one in part.factors]
+        return math.sqrt(sum(map(delta_square, factors)) / sum(len(one.up) for one in factors))
+
+    def to_comparable(self) -> float:
+        """What strengths are multiplied by to be in comparable units: the same response for every file at strength 1."""
+        return UNIT / (self.response() or UNIT)
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
@@ -101,6 +124,23 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return checked(state, path.name)
 
 
+def about(path: Path) -> dict:
+    """What a file of this pack says of itself in its header: its `poles` (two texts) and `range` (two numbers), where it has them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get("concept_nodes", "{}"))
+    except (*DAMAGED, OSError):
+        return {}
+    told = told if isinstance(told, dict) else {}
+    poles, span = told.get("poles"), told.get("range")
+    checked = {}
+    if isinstance(poles, list) and len(poles) == 2 and all(isinstance(pole, str) for pole in poles):
+        checked["poles"] = poles
+    if isinstance(span, list) and len(span) == 2 and all(isinstance(end, int | float) and abs(end) <= MOST for end in span):
+        checked["range"] = [float(end) for end in span]
+    return checked
+
+
 def checked(state, label: str) -> dict[str, torch.Tensor]:
     """`state` if it is a dictionary of tensors. Raises AdapterError otherwise."""
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -110,11 +150,11 @@ def checked(state, label: str) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
-def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
-    """Put the LoRA `state` on the layers of a MODEL. `label` names it in messages.
+def place(patcher, state: Mapping[str, torch.Tensor], label: str, layers: str = ALL) -> Placement:
+    """Put the LoRA `state` on the layers of a MODEL, those of a choice only (`families.layer_choices`). `label` names it in messages.
 
-    Raises AdapterError when nothing of it fits, when it was made for another family or when it holds NaN or infinity, and
-    UnsupportedFamily.
+    Raises AdapterError when nothing of it fits or is on the chosen layers, when it was made for another family or when it holds NaN or
+    infinity, and UnsupportedFamily.
     """
     model = patcher.model
     family = family_of(model)
@@ -143,9 +183,14 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str) -> Placement:
     foreign = made_for not in (None, family) and set(skipped) - {TEXT}
     if foreign or not parts:
         raise AdapterError(_refusal(label, family, made_for if foreign else None, skipped, list(state)))
+    chosen = {name: part for name, part in parts.items() if is_chosen(family, name, layers)}
+    if not chosen:
+        kinds = Counter(layer_kind(family, name) for name in parts)
+        raise AdapterError(f"'{label}' has nothing for the layers '{layers}': it is on {_counts(kinds)}. Choose other layers, or all.")
+    skipped[f"left out by the choice '{layers}'"] += len(parts) - len(chosen)
     if unused:
         log.info("%s: %d keys not applied: %s", label, len(unused), ", ".join(unused))
-    return Placement(parts, _report(parts, family, skipped, unused))
+    return Placement(chosen, _report(chosen, family, +skipped, unused))
 
 
 def _patches(state: dict[str, torch.Tensor], targets: Mapping, label: str) -> dict:

@@ -35,11 +35,12 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 from ..ops.shares import Shares
 from .cross import CrossAct, Kept, SelfAct
 from .families import family_of
-from .joint import Joint
+from .joint import Joint, MaskUnfit
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
-from .sites import JOINT, sites
+from .sites import JOINT, patch_level, sites
 from .spread import Crop, Kind, Spread
+from .words import Words
 
 log = logging.getLogger("concept_nodes")
 
@@ -55,10 +56,13 @@ class Act(Protocol):
         """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
         `fresh`, and must not be kept: the host's blocks write to it."""
 
-    def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
-        """One strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its place in `shares`;
-        called between model calls.
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> Any:
+        """What `use` takes: one strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its
+        place in `shares`.
         """
+
+    def use(self, setting: Any) -> None:
+        """Act by a setting; called between model calls."""
 
 
 class Part(Protocol):
@@ -97,17 +101,21 @@ class Effect:
 
     `added` is how many model evaluations it adds to each call that it acts in. `place` is where on the picture it acts, None for
     everywhere; `text` says which of the prompt's rows get it then, in models that read prompt and picture as one sequence: those
-    that its place reads ("own"), "none", or "all". `apart` are places that the picture's attention to itself keeps apart: the strength is
-    taken from the logits between positions of different ones.
+    that its place reads ("own"), "none", "all", or `Words` of the common prompt. `apart` are places that the picture's attention to itself
+    keeps apart: the strength is taken from the logits between positions of different ones.
     """
 
     added = 0
     place: Place | None = None
-    text = "own"
+    text: str | Words = "own"
     apart: tuple[Place, ...] = ()
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
+
+    def conditions(self, conds: Mapping[str, Sequence[dict]]) -> Mapping[str, list[dict]]:
+        """Conditions of its own that the guider shall prepare beside those it has, by a name that nobody else uses."""
+        return {}
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
@@ -247,7 +255,7 @@ class Gate(Overlay):
             return self.inner(x, t, *args, **kwargs)
         # apply_model(x, t, c_concat, c_crossattn, control, transformer_options)
         options = kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})
-        references = _reference_tokens(kwargs.get("ref_latents", ()))
+        references = _reference_tokens(self.owner, kwargs.get("ref_latents"))
         call = Call(self.owner, x, t, options, kwargs.get("c_crossattn", args[1] if len(args) > 1 else None), references)
         owner = call.owner
         run = next((run for run in reversed(self.runs) if run.patcher is owner), None)
@@ -304,6 +312,7 @@ class Sampling:
         self.steady = False
         self.ended: list[int] = []
         self.denoised: torch.Tensor | None = None
+        self.kept: dict[Any, Any] = {}  # what effects make once for all of it
 
 
 class Run:
@@ -335,6 +344,8 @@ class Run:
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
+        # What the acts use, by what was told: kinds of calls that take turns find theirs again.
+        self._settings: dict[tuple, list[tuple[Act, Any]]] = {}
         # The calls under way, and what was told for them: some wrappers evaluate the model again from within a call.
         self._open: list[tuple] = []
 
@@ -351,6 +362,7 @@ class Run:
         if key != self._key:
             self._acts = {name: self._join(name, *key) for name in self.modules}
             self._key, self._told = key, None
+            self._settings.clear()
         told = (strengths, self._kind(call, active))
         if told != self._told:
             self._tell(strengths, told[1], active, call)
@@ -368,15 +380,21 @@ class Run:
         """A call's keyword arguments, with the prompt that is read instead of its own."""
         if self.joint is None or "c_crossattn" not in arguments:
             return arguments
-        if arguments.get("attention_mask") is not None:
-            self.notes["A condition's own attention mask was replaced by the regions' one."] = None
-        return arguments | self.joint.arguments(arguments["c_crossattn"], references)
+        context = arguments["c_crossattn"]
+        try:
+            return arguments | self.joint.arguments(context, references, arguments.get("attention_mask"))
+        except MaskUnfit as unfit:
+            self.notes[f"A condition's own attention mask was left out: it {unfit}."] = None
+            return arguments | self.joint.arguments(context, references)
 
     def leave(self) -> None:
         """After a call: what was told for the call around it holds again."""
         self._open.pop()
         if self._open and self._open[-1] is not None:
-            self._key, self._acts, told, active, call = self._open[-1]
+            key, self._acts, told, active, call = self._open[-1]
+            if key != self._key:
+                self._key = key
+                self._settings.clear()  # they are for other acts
             if told != self._told:
                 self._tell(*told, active, call)
                 self._told = told
@@ -436,20 +454,31 @@ class Run:
                 cross.forget()
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
         spread = self._spread(kind, active, placed, call) if kind else None
+        settings = self._settings.pop((strengths, kind), None)
+        if settings is None:
+            settings = list(self._made(strengths, placed, spread))
+        while len(self._settings) >= self.SPREADS:
+            self._settings.pop(next(iter(self._settings)))
+        self._settings[strengths, kind] = settings  # the last used goes last
+        for act, setting in settings:
+            act.use(setting)
+        if spread and self.crosses:
+            self._read_apart(spread, placed)
+        if kind and self.selves:
+            self._keep_apart(strengths, spread, active)
+
+    def _made(self, strengths: tuple[float, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
+        """Every act with what it is to use."""
         for name, acts in self._acts.items():
             for act, members in acts:
                 values = [strengths[index] for index in members]
                 own = [index for index in members if index in placed]
                 if not own:
-                    act.set_strengths(values)
+                    yield act, act.setting(values)
                 else:
                     numbers, shares = spread.shares(self.sites[name], own)
                     number_of = dict(zip(own, numbers, strict=True))
-                    act.set_strengths(values, [number_of.get(index) for index in members], shares)
-        if spread and self.crosses:
-            self._read_apart(spread, placed)
-        if kind and self.selves:
-            self._keep_apart(strengths, spread, active)
+                    yield act, act.setting(values, [number_of.get(index) for index in members], shares)
 
     def _spread(self, kind: Kind, active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
         # A joint sequence depends on isolation's strength, which is part of its bias; a spread for cross-attention does not.
@@ -458,12 +487,13 @@ class Run:
         if key not in self._spreads:
             spread = Spread(kind, placed, call.x.device)
             if self.reads_jointly:
-                few = spread.tokens(1) ** 2 * len(kind.crops) <= self.MOST_PAIRS
-                biases = [-strength * spread.apart(1, self.effects[index].apart) for index, strength in apart if few]
+                level = patch_level(call.model)
+                few = spread.tokens(level) ** 2 * len(kind.crops) <= self.MOST_PAIRS
+                biases = [-strength * spread.apart(level, self.effects[index].apart) for index, strength in apart if few]
                 if apart and not few:
-                    self._note_too_many(spread.tokens(1))
+                    self._note_too_many(spread.tokens(level))
                 own = any(self.effects[index].text == "own" and self.effects[index].parts for index in placed)
-                spread.joint = spread.read_jointly(own, sum(biases) if biases else None)
+                spread.joint = spread.read_jointly(own, sum(biases) if biases else None, level)
             else:
                 spread.read_apart()
             while len(self._spreads) >= self.SPREADS:
@@ -538,9 +568,12 @@ class Run:
         ]
 
 
-def _reference_tokens(latents) -> int:
+def _reference_tokens(model, latents) -> int:
     """Tokens that reference pictures take behind the picture's own."""
-    return sum(-(-latent.shape[-2] // 2) * -(-latent.shape[-1] // 2) for latent in latents or ())
+    if not latents:
+        return 0
+    side = 2 ** patch_level(model)
+    return sum(-(-latent.shape[-2] // side) * -(-latent.shape[-1] // side) for latent in latents)
 
 
 def _wrapped(options: Mapping[str, Any], kind: str) -> bool:
@@ -572,6 +605,11 @@ _sampling = threading.local()
 def _nested() -> list[Sampling]:
     """The samplings of this thread that are under way; a node may sample from within another's."""
     return vars(_sampling).setdefault("nested", [])
+
+
+def under_way() -> Sampling | None:
+    """The sampling that this thread is in."""
+    return _nested()[-1] if _nested() else None
 
 
 def _begin(patcher) -> None:
@@ -666,6 +704,8 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
     guider = executor.class_obj
     # DualModelGuider gives its negative prompt to a second model, which may have none of our effects and so no say of its own.
     second = getattr(guider, "uncond_model_patcher", None)
+    for effect in attached(guider.model_patcher):
+        guider.conds.update(effect.conditions(guider.conds))
     uuids = [uuid for conds in guider.conds.values() for uuid in _uuids(conds)]
     this = Sampling(guider)
     this.names = {uuid: name for name, conds in guider.conds.items() for uuid in _uuids(conds)}

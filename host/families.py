@@ -19,7 +19,9 @@ class Family(NamedTuple):
     file_pattern   what only LoRA files of this family have in their keys
     renamed        prefixes of published files that the host does not know -> the host's
     rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
-    patch_level    how often the latent is halved into the picture's tokens, where the model has no levels of its own
+    tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
+    slider_layers  pattern of the modules that published sliders of the family adapt
+    blocks         class names of the modules that a training may compute again instead of keeping what they computed
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -30,7 +32,9 @@ class Family(NamedTuple):
     file_pattern: str
     renamed: dict[str, str]
     rows: dict[str, str]
-    patch_level: int
+    tokenizers: tuple[str, ...]
+    slider_layers: str
+    blocks: tuple[str, ...]
     slider_start: float
 
 
@@ -43,6 +47,10 @@ UNET_LAYERS = {
 }
 
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
+# "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
+UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+UNET_BLOCKS = ("ResBlock", "BasicTransformerBlock")
+FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
     "text": r"\.txt_|^txt_in$",
@@ -58,7 +66,9 @@ FAMILIES = (
         file_pattern=r"up_blocks[_.]3[_.]attentions",
         renamed={},
         rows=UNET_ROWS,
-        patch_level=0,
+        tokenizers=("l",),
+        slider_layers=UNET_SLIDER,
+        blocks=UNET_BLOCKS,
         slider_start=0.2,
     ),
     Family(
@@ -69,7 +79,9 @@ FAMILIES = (
         file_pattern=r"(attentions|input_blocks|output_blocks|middle_block)[_.].*transformer_blocks[_.][1-9]",
         renamed={},
         rows=UNET_ROWS,
-        patch_level=0,
+        tokenizers=("l", "g"),
+        slider_layers=UNET_SLIDER,
+        blocks=UNET_BLOCKS,
         slider_start=0.25,
     ),
     Family(
@@ -80,10 +92,20 @@ FAMILIES = (
         file_pattern=r"(double_blocks|single_blocks|single_transformer_blocks)[_.]",
         renamed={"lora_unet_": "lora_transformer_"},
         rows=FLUX_ROWS,
-        patch_level=1,
+        tokenizers=("t5xxl", "l"),
+        slider_layers=FLUX_SLIDER,
+        blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         slider_start=0.05,
     ),
 )
+
+
+# The host's layers of these have no gradient: their norm and rotation are one fused operation that knows the way forward only.
+NO_GRADIENT = ("CosmosT2IPredict2", "CosmosI2VPredict2", "Anima")
+
+ALL = "all"
+BUT = "all but "
+MIDDLE = "middle block"
 
 
 class UnsupportedFamily(ValueError):
@@ -118,6 +140,21 @@ def family_of_file(shapes: dict[str, tuple[int, ...]]) -> Family | None:
 def layer_kind(family: Family, module: str) -> str:
     """Which of the family's kinds of layer a module is."""
     return next((kind for kind, pattern in family.layers.items() if re.search(pattern, module)), "other")
+
+
+def layer_choices() -> list[str]:
+    """What a choice of layers may be: all, those of one kind, all but one kind (as published sliders are made), or the middle block."""
+    kinds = dict.fromkeys(kind for family in FAMILIES for kind in family.layers)
+    return [ALL, *kinds, BUT + "cross-attention", MIDDLE]
+
+
+def is_chosen(family: Family, module: str, choice: str) -> bool:
+    """Whether a module is among the layers of a choice."""
+    if choice == MIDDLE:
+        return "middle_block." in module
+    if choice.startswith(BUT):
+        return layer_kind(family, module) != choice.removeprefix(BUT)
+    return choice in (ALL, layer_kind(family, module))
 
 
 def supported() -> str:

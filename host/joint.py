@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops.attention import joint_bias
+from ..ops.attention import joint_bias, with_mask
+
+
+class MaskUnfit(ValueError):
+    """A condition's attention mask is over other tokens than the call's; the message says over how many."""
 
 
 class Joint:
@@ -26,8 +30,10 @@ class Joint:
         self.shares, self.texts, self.lengths, self.apart = shares, texts, lengths, apart
         self._bias: dict[tuple, torch.Tensor] = {}
 
-    def arguments(self, context: torch.Tensor, references: int = 0) -> dict[str, torch.Tensor]:
-        """The context (rows, sum of lengths, width) and the attention's bias, as the host's model takes them."""
+    def arguments(self, context: torch.Tensor, references: int = 0, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The context (rows, sum of lengths, width) and the attention's bias, as the host's model takes them. mask: the bias that came with
+        the common text, over it and the picture; it stays between those, wherever the text is read. Raises MaskUnfit.
+        """
         chunks = context.chunk(len(self.texts[0]))
         read = [
             [own if text is None else text.to(own).expand(len(own), -1, -1) for own, text in zip(chunks, texts, strict=True)]
@@ -45,4 +51,17 @@ class Joint:
             real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks))]
             bias = joint_bias(self.shares.cpu(), self.lengths, real, references, None if self.apart is None else self.apart.cpu())
             self._bias = {key: bias.repeat_interleave(len(chunks[0]), 0).to(context)}
-        return {"c_crossattn": whole, "attention_mask": self._bias[key]}
+        bias = self._bias[key]
+        return {"c_crossattn": whole, "attention_mask": bias if mask is None else self._with(bias, mask, context)}
+
+    def _with(self, bias: torch.Tensor, mask: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        words, tokens = context.shape[1], self.shares.shape[-1]
+        if mask.shape[-1] != words + tokens:
+            raise MaskUnfit(f"is over {mask.shape[-1]} tokens, and there are {words} of text and {tokens} of the picture")
+        mask = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask
+        each = len(context) // len(self.texts[0])
+        firsts = [sum(self.lengths[:at]) for at in range(len(self.lengths))]
+        copies = [
+            [first for first, texts in zip(firsts, self.texts, strict=True) if texts[row // each] is None] for row in range(len(context))
+        ]
+        return with_mask(bias, mask.to(bias), copies, words, sum(self.lengths), tokens)

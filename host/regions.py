@@ -10,11 +10,18 @@ import torch
 
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
+from ..ops.schedule import Schedule
 from . import adapters, files
 from .dispatcher import Call, Effect, attach
-from .families import family_of
+from .families import ALL, Family, family_of
 from .places import Place, group
-from .window import EVERYWHERE, Window
+from .window import course
+from .words import Words, find, length_of
+
+MISSING = (
+    "If figures are missing: leave the regions' prompts empty and say in the common prompt what stands where. Each LoRA still acts in its "
+    "own region only."
+)
 
 
 class RegionsError(ValueError):
@@ -31,6 +38,14 @@ class Hung:
     clip: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    schedule: Schedule | None = None
+    layers: str = ALL
+    comparable: bool = False
+    kind: str = "LoRA"
+
+    def idle(self) -> bool:
+        """Whether it does nothing on the model."""
+        return self.model == 0 or self.start == self.end or (self.schedule is not None and self.schedule.silent())
 
 
 @dataclass(frozen=True)
@@ -76,8 +91,7 @@ class TextEffect(Effect):
         self.place, self.start, self.end = place, start, end
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        window = Window.of(model_sampling, self.start, self.end)
-        return lambda call: 1.0 if window == EVERYWHERE or window.holds(call.sigma) else 0.0
+        return course(model_sampling, self.start, self.end)
 
 
 class IsolationEffect(Effect):
@@ -88,8 +102,8 @@ class IsolationEffect(Effect):
         self.apart, self.strength, self.end = tuple(places), strength, end
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        window = Window.of(model_sampling, 0.0, self.end)
-        return lambda call: self.strength if window == EVERYWHERE or window.holds(call.sigma) else 0.0
+        factor = course(model_sampling, 0.0, self.end)
+        return lambda call: self.strength * factor(call)
 
 
 class Drawing:
@@ -114,10 +128,17 @@ class Drawing:
 
 
 def apply(
-    patcher, regions: Regions, clip=None, text: str = "own", isolation: float = 0.0, isolation_end: float = 1.0
+    patcher,
+    regions: Regions,
+    clip=None,
+    text: str = "own",
+    isolation: float = 0.0,
+    isolation_end: float = 1.0,
+    prompt: str = "",
+    rows: int | None = None,
 ) -> tuple[Any, list[str]]:
-    """A clone of MODEL `patcher` with the regions on it, and report lines. Raises RegionsError, AdapterError, DocumentError and
-    MissingFile.
+    """A clone of MODEL `patcher` with the regions on it, and report lines. `prompt` is the common one as text, for the words that a LoRA
+    acts on where `text` is "span", and `rows` how many its context has. Raises RegionsError, AdapterError, DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
@@ -132,19 +153,31 @@ def apply(
             lines.append(f"'{region.name}': nothing done, it covers no part of the picture.")
             continue
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
-        place = Place(drawing.of(index), _texts(region, clip, loras))
-        told = []
+        acting = not all(lora.idle() for lora in loras)
+        named = text == "span" and acting
+        policy = _span(region, clip, family, prompt, rows) if named else text
+        # What tells words of the common prompt is no text of its own to be read beside it.
+        place = Place(drawing.of(index), _texts(replace(region, prompt="") if named else region, clip, loras))
+        told = [f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)})."] if named else []
         for lora in loras:
-            if lora.model == 0 or lora.start == lora.end:
-                told.append(f"'{lora.label}': nothing done on the model, its strength is 0 or its window empty.")
+            if lora.idle():
+                told.append(f"'{lora.label}': nothing done on the model, its strength or schedule is 0 or its window empty.")
                 continue
-            placement = adapters.place(patcher, lora.state, lora.label)
+            placement = adapters.place(patcher, lora.state, lora.label, lora.layers)
+            strength = lora.model * (placement.to_comparable() if lora.comparable else 1.0)
             effect = adapters.AdapterEffect(
-                f"'{region.name}': LoRA '{lora.label}' at {lora.model:g}", placement.parts, lora.model, lora.start, lora.end
+                f"'{region.name}': {lora.kind} '{lora.label}' at {lora.model:g}",
+                placement.parts,
+                strength,
+                lora.start,
+                lora.end,
+                lora.schedule,
             )
-            effect.place, effect.text = place, text
+            effect.place, effect.text = place, policy
             effects.append(effect)
-            told.append(f"'{lora.label}' at {lora.model:g}. {placement.report}")
+            units = f" in comparable units ({strength:.3g} in its own)" if lora.comparable else ""
+            times = f", times {lora.schedule} over sampling" if lora.schedule else ""
+            told.append(f"'{lora.label}' at {lora.model:g}{units}{times}. {placement.report}")
         if place.texts:
             effects.append(TextEffect(f"'{region.name}': prompt", place))
         if not place.texts and not any(effect.place is place for effect in effects):
@@ -152,11 +185,12 @@ def apply(
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")
             continue
         places.append(place)
-        words = " and ".join(sorted(place.texts)) or "none of its own"
-        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; text: {words}.", *told]))
+        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; reads {_reads(place)}.", *told]))
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
     group(places)
+    if sum(bool(place.texts) for place in places) > 1:
+        lines.append(MISSING)
     if isolation > 0 and isolation_end > 0 and len(places) > 1:
         effects.append(IsolationEffect(places, isolation, isolation_end))
         lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
@@ -167,9 +201,46 @@ def apply(
     return patcher, lines
 
 
+def _reads(place: Place) -> str:
+    own = {("positive",): "a prompt of its own", ("negative",): "a negative prompt of its own"}
+    return own.get(tuple(place.texts), "a prompt and a negative prompt of its own") if place.texts else "the common prompt"
+
+
 def _read(lora) -> Hung:
     state = adapters.read(files.resolve("loras", lora.file))
     return Hung(lora.file, state, lora.model, lora.clip, lora.start, lora.end)
+
+
+def _words_of(region: Region) -> str:
+    """What of the common prompt is the region's."""
+    return region.prompt.strip() or region.name
+
+
+def _span(region: Region, clip, family: Family, prompt: str, rows: int | None) -> Words:
+    """The region's words in the common prompt."""
+    if clip is None:
+        raise RegionsError("text is 'span', and no clip is connected to find words with. Connect the model's CLIP, or choose another text.")
+    if not prompt.strip():
+        raise RegionsError("text is 'span', and prompt is empty. Connect the text that positive was made from, or choose another text.")
+    words, length = _words_of(region), length_of(clip, family, prompt)
+    if rows is not None and rows < length:
+        raise RegionsError(
+            f"prompt takes {length} tokens, and positive was made from {rows}. Put the words into prompt that positive was made from."
+        )
+    found = find(clip, family, prompt, words)
+    if not found:
+        raise RegionsError(
+            f"The words of region '{region.name}', '{words}', are not in prompt, which is '{prompt.strip()}'. Write them there as "
+            "they are in the region (its prompt, or its name where that is empty), or choose another text than 'span'."
+        )
+    return Words(found, rows or length)
+
+
+def _listed(rows: Sequence[int]) -> str:
+    """Numbers with runs joined: 3-5, 9."""
+    starts = [row for row in rows if row - 1 not in rows]
+    ends = [row for row in rows if row + 1 not in rows]
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
 
 
 def _with_text_part(clip, lora: Hung):

@@ -27,16 +27,21 @@ def sites(model, names: Iterable[str]) -> dict[str, Site]:
     """The site of each module of a host model, by its name from there ("diffusion_model....")."""
     family = family_of(model)
     levels = _unet_levels(model.diffusion_model) if hasattr(model.diffusion_model, "input_blocks") else {}
-    return {name: _site(family, levels, name, model.get_submodule(name)) for name in names}
+    return {name: _site(model, family, levels, name) for name in names}
 
 
-def _site(family: Family, levels: dict[str, int], name: str, module: torch.nn.Module) -> Site:
+def patch_level(model) -> int:
+    """How often the latent is halved into the tokens of a model that cuts it into patches."""
+    return model.diffusion_model.patch_size.bit_length() - 1
+
+
+def _site(model, family: Family, levels: dict[str, int], name: str) -> Site:
     inner = name.removeprefix("diffusion_model.")
     kind = next((kind for kind, pattern in family.rows.items() if re.search(pattern, inner)), IMAGE)
     if kind in (TEXT, VECTOR):
         return Site(kind)
-    level = next((level for prefix, level in levels.items() if inner.startswith(prefix)), 0) if levels else family.patch_level
-    return Site(MAP if isinstance(module, torch.nn.Conv2d) else kind, level)
+    level = next((level for prefix, level in levels.items() if inner.startswith(prefix)), 0) if levels else patch_level(model)
+    return Site(MAP if isinstance(model.get_submodule(name), torch.nn.Conv2d) else kind, level)
 
 
 def _unet_levels(unet) -> dict[str, int]:

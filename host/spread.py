@@ -12,6 +12,7 @@ from ..ops.shares import Shares
 from .joint import Joint
 from .places import Place, Segment, segments
 from .sites import JOINT, MAP, TEXT, VECTOR, Pyramid, Site
+from .words import Words
 
 
 class Crop(NamedTuple):
@@ -44,19 +45,21 @@ class Spread:
     `places` are the distinct ones; a layer's `Shares` count them in this order.
     """
 
-    def __init__(self, kind: Kind, placed: Mapping[int, tuple[Place, str]], device: torch.device):
+    def __init__(self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device):
         self.kind, self.device = kind, device
         self.places = list(dict.fromkeys(place for place, _ in placed.values()))
         self._number = {place: index for index, place in enumerate(self.places)}
         whole = _on(kind.full, self.places)
         self.segments, shares = segments(self.places, whole)
         names = kind.names or ("",)
+        self._names = names
         self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
         self._whole, self._masks, self._shared = whole, self._cut(whole), self._cut(shares)
         self._policies = {index: text for index, (_, text) in placed.items()}
         self._placed = {index: place for index, (place, _) in placed.items()}
         self._of_sites: dict = {}
         self.lengths: list[int] = []
+        self._repeats = False
         self.joint: Joint | None = None
         self.biases: dict = {}
 
@@ -67,19 +70,20 @@ class Spread:
     def read_apart(self) -> None:
         """Every segment in a softmax of its own: texts repeated to one length per segment, which no softmax notices."""
         self.lengths = [math.lcm(*(self._tokens(text) for text in texts)) for texts in self.texts]
+        self._repeats = True
 
-    def read_jointly(self, own: bool, apart: torch.Tensor | None) -> Joint | None:
+    def read_jointly(self, own: bool, apart: torch.Tensor | None, level: int) -> Joint | None:
         """One sequence: segments behind one another where any text differs from the common one, or where adapters act on their own rows
-        (`own`); nothing where one common text serves.
+        (`own`); nothing where one common text serves. level: that of the picture's tokens.
         """
         several = own or any(segment.reader for segment in self.segments)
         if not several:
-            self.segments, self.texts = [Segment(frozenset(), None)], [[None] * len(self.texts[0])]
+            self.segments, self.texts = [Segment(frozenset(range(len(self.places))), None)], [[None] * len(self.texts[0])]
             self._shared = [Pyramid(torch.ones(1, crop.height, crop.width)) for crop in self.kind.crops]
         self.lengths = [max(self._tokens(text) for text in texts) for texts in self.texts]
         if not several and apart is None:
             return None
-        shares = torch.stack([shared.at(1).flatten(1) for shared in self._shared], 1)
+        shares = torch.stack([shared.at(level).flatten(1) for shared in self._shared], 1)
         return Joint(shares, self.texts, self.lengths, apart)
 
     def _tokens(self, text: torch.Tensor | None) -> int:
@@ -101,27 +105,40 @@ class Spread:
         columns = list(dict.fromkeys(names))
         key = (site, tuple(columns))
         if key not in self._of_sites:
-            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns) for pyramid in self._masks]))
+            chunks = list(enumerate(self._masks))
+            if len(chunks) < len(self._names) and any(isinstance(policy, Words) for _, policy in columns):
+                chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]  # conditions differ in their words
+            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]))
         return [columns.index(name) for name in names], self._of_sites[key]
 
-    def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str]]) -> torch.Tensor:
-        """(columns, rows)"""
+    def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str | Words]], chunk: int) -> torch.Tensor:
+        """(columns, rows) in one chunk of the batch."""
         at = [place for place, _ in columns]
         if site.kind == VECTOR:
             return pyramid.at(0)[at].mean((1, 2))[:, None]
         picture = pyramid.at(site.level)[at].flatten(1)
         if site.kind not in (TEXT, JOINT):
             return torch.nn.functional.pad(picture, (0, self._behind(site)))
-        words = torch.stack([self._words(place, policy) for place, policy in columns])
+        words = torch.stack([self._words(place, policy, chunk) for place, policy in columns])
         return words if site.kind == TEXT else torch.nn.functional.pad(torch.cat([words, picture], 1), (0, self._behind(site)))
 
     def _behind(self, site: Site) -> int:
         """Reference pictures belong to nobody."""
         return self.kind.references if site.kind != MAP else 0
 
-    def _words(self, place: int, policy: str) -> torch.Tensor:
+    def _words(self, place: int, policy: str | Words, chunk: int) -> torch.Tensor:
+        if isinstance(policy, Words):
+            return torch.cat([self._named(place, policy, chunk, at) for at in range(len(self.segments))])
         own = [float(policy == "all" or (policy == "own" and place in segment.places)) for segment in self.segments]
         return torch.cat([torch.full((n,), value) for value, n in zip(own, self.lengths, strict=True)])
+
+    def _named(self, place: int, words: Words, chunk: int, at: int) -> torch.Tensor:
+        """(rows of the segment,): the words themselves, where the common prompt is read by what has the place."""
+        common, length, name = self.texts[at][chunk] is None, self.lengths[at], self._names[chunk]
+        if not common or place not in self.segments[at].places or not name or "negative" in name:
+            return torch.zeros(length)
+        tokens = self.kind.tokens
+        return words.on(length) if self._repeats else torch.nn.functional.pad(words.on(tokens), (0, length - tokens))
 
     def _over(self, chunks: Sequence[torch.Tensor]) -> torch.Tensor:
         """(columns, batch rows or 1, rows) on the device."""

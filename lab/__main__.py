@@ -22,7 +22,7 @@ READS_SHIPPED = ("measure", "export")
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["slider"]:
-        from .train_slider import main as slider
+        from .sliders import main as slider
 
         return slider(argv[1:])
     if argv[:1] == ["character"]:

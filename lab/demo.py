@@ -11,22 +11,23 @@ from PIL import Image, ImageDraw, ImageFont
 PICTURE = 192  # pixels a side on the sheet; the lab's own are 64 to 128
 MARGIN = 16
 LINE = 26
-MEASURES = {"background": "background lightness, 0 to 1", "size": "diameter in pixels"}
 
 
 def main(argv: list[str]) -> int:
     """Read demo.json and its pictures in the folder argv[0], write contact_sheet.png there and print the measured attribute."""
-    from .eye import Eye, attribute
+    from .attributes import MEASURES, attribute
+    from .eye import Eye
 
     folder = Path(argv[0])
     listed = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     slider = Path(listed["slider"]).stem
     columns = {label: [Image.open(folder / name).convert("RGB") for name in names] for label, names in listed["columns"].items()}
     pictures = [picture for column in columns.values() for picture in column]
-    values = iter([worded(attribute(slider, reading)) for reading in Eye.load().read(as_batch(pictures))])
+    batch = as_batch(pictures)
+    values = iter([worded(attribute(slider, *pair)) for pair in zip(batch, Eye.load().read(batch), strict=True)])
     measured = {label: [next(values) for _ in column] for label, column in columns.items()}
 
-    sheet(columns, measured, slider).save(folder / "contact_sheet.png")
+    sheet(columns, measured, slider, MEASURES[slider]).save(folder / "contact_sheet.png")
     print(f"\nMeasured {MEASURES[slider]}, by strength:\n" + "  ".join(f"{label:>6}" for label in measured))
     for row in zip(*measured.values(), strict=True):
         print("  ".join(f"{value:>6}" for value in row))
@@ -49,13 +50,13 @@ def worded(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.2f}"
 
 
-def sheet(columns: dict[str, list[Image.Image]], measured: dict[str, list[str]], slider: str) -> Image.Image:
+def sheet(columns: dict[str, list[Image.Image]], measured: dict[str, list[str]], slider: str, measure: str) -> Image.Image:
     """One column per strength under its label, one row per picture with what was measured in it below."""
     rows = len(next(iter(columns.values())))
     step = (PICTURE + MARGIN, PICTURE + LINE + MARGIN)
     page = Image.new("RGB", (len(columns) * step[0] + MARGIN, 2 * LINE + rows * step[1] + MARGIN), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=15)
-    title = f"Concept Slider '{slider}', by strength. Below each picture: the measured {MEASURES[slider]}"
+    title = f"Concept Slider '{slider}', by strength. Below each picture: the measured {measure}"
     draw.text((MARGIN, MARGIN // 2), title, fill="black", font=font)
     for column, (label, pictures) in enumerate(columns.items()):
         left = MARGIN + column * step[0]

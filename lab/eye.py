@@ -7,7 +7,6 @@ noisy or blank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,9 @@ SCENE_HEADS = {"background": 1, "style": len(STYLES), "valid": 1}
 
 @dataclass
 class Seen:
-    """One object as the eye reads it. x, y: centre in pixels; diameter in pixels; sure: 0..1."""
+    """One object as the eye reads it. x, y: centre in pixels; diameter in pixels; sure: 0..1. odds: what each word of KINDS, COLOURS and
+    FILLS got, by attribute.
+    """
 
     kind: str
     colour: str
@@ -33,16 +34,20 @@ class Seen:
     x: float
     y: float
     sure: float
+    odds: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Reading:
-    """A picture as the eye reads it. background: lightness 0..1; valid: 0..1, above 0.5 is a scene that could have been drawn."""
+    """A picture as the eye reads it. background: lightness 0..1; valid: 0..1, above 0.5 is a scene that could have been drawn; styles:
+    what each word of STYLES got.
+    """
 
     background: float
     style: str
     valid: float
     objects: list[Seen] = field(default_factory=list)
+    styles: torch.Tensor | None = None
 
     def background_word(self) -> str:
         return BACKGROUNDS[min(range(len(BACKGROUNDS)), key=lambda i: abs(sum(BACKGROUND_RANGES[i]) / 2 - self.background))]
@@ -56,13 +61,6 @@ def cell_of(x: float, y: float) -> tuple[str, str]:
 def size_word(diameter: float) -> int:
     """Index into SIZES of a diameter in pixels."""
     return min(range(len(SIZE_RANGES)), key=lambda i: abs(sum(SIZE_RANGES[i]) / 2 - diameter))
-
-
-def attribute(slider: str, reading: Reading) -> float:
-    """What a lab slider is meant to move: the background's lightness, or the diameter of the surest object (NaN where none is seen)."""
-    if slider == "background":
-        return reading.background
-    return reading.objects[0].diameter if reading.objects else math.nan
 
 
 class _Block(nn.Module):
@@ -178,11 +176,12 @@ class Eye:
 def _decode(grid, scene, threshold) -> list[Reading]:
     heat = torch.sigmoid(grid["heat"][:, 0])
     peak = (heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]) & (heat > threshold)
-    background, style = torch.sigmoid(scene["background"][:, 0]).tolist(), scene["style"].argmax(1).tolist()
+    background, styles = torch.sigmoid(scene["background"][:, 0]).tolist(), scene["style"].softmax(1).cpu()
     valid = torch.sigmoid(scene["valid"][:, 0]).tolist()
-    readings = [Reading(background[i], STYLES[style[i]], valid[i]) for i in range(len(heat))]
+    readings = [Reading(background[i], STYLES[int(styles[i].argmax())], valid[i], styles=styles[i]) for i in range(len(heat))]
     picture, row, column = (part.tolist() for part in torch.nonzero(peak, as_tuple=True))
-    named = {key: grid[key].argmax(1).cpu() for key in ("kind", "colour", "fill")}
+    odds = {key: grid[key].softmax(1).movedim(1, -1).cpu() for key in ("kind", "colour", "fill")}
+    named = {key: value.argmax(-1) for key, value in odds.items()}
     diameter, offset, heat = torch.sigmoid(grid["diameter"][:, 0]).cpu(), torch.tanh(grid["offset"]).cpu(), heat.cpu()
     for n, i, j in zip(picture, row, column, strict=True):
         readings[n].objects.append(
@@ -194,6 +193,7 @@ def _decode(grid, scene, threshold) -> list[Reading]:
                 (j + 0.5 + float(offset[n, 0, i, j])) * CELL,
                 (i + 0.5 + float(offset[n, 1, i, j])) * CELL,
                 float(heat[n, i, j]),
+                {key: value[n, i, j] for key, value in odds.items()},
             )
         )
     for reading in readings:

@@ -1,4 +1,4 @@
-"""Low-rank adapters while they train, and the LoRA files they become: what the lab's sliders and characters share."""
+"""Low-rank adapters while they train, and the LoRA files they become: what the lab's characters are."""
 
 from __future__ import annotations
 

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
+import torch
 from comfy_api.latest import io, ui
 
-from ..host import files
+from ..host import adapters, files
+from ..host.dispatcher import attach
+from ..host.families import ALL, layer_choices
+from ..host.places import Place
+from ..ops.schedule import Schedule
 
 NONE = "none"
+CONNECTED = "the connected lora"
 LORA_MODEL = "LORA_MODEL"
+SLIDER_LIMIT = 10.0
+
+
+class OfFile(io.ComfyNode):
+    """A node whose `file` is one of the host's LoRA files: checked before a run, and seen when it changes."""
+
+    @classmethod
+    def validate_inputs(cls, file=NONE):
+        return check_file(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file=NONE, **_):
+        return print_of_file(file)
+
+
+class OfLoraName(io.ComfyNode):
+    """The same, where the host's loaders call it `lora_name`."""
+
+    @classmethod
+    def validate_inputs(cls, lora_name=NONE):
+        return check_file(lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name=NONE, **_):
+        return print_of_file(lora_name)
 
 
 def model_input() -> io.Model.Input:
@@ -37,6 +69,48 @@ def window_inputs(start_hint: str = "") -> list[io.Float.Input]:
         share_input("start_percent", 0.0, start),
         share_input("end_percent", 1.0, "Where in sampling it stops acting, as a share from 0 to 1 (neutral, the last step)."),
     ]
+
+
+def schedule_input() -> io.String.Input:
+    return io.String.Input(
+        "schedule",
+        default="",
+        optional=True,
+        tooltip=(
+            "How the strength changes in the course of sampling, as share:factor, ... with straight lines between: 0:0, .3:1, 1:.5 grows "
+            "from nothing to the strength at 0.3 and falls to half of it. Neutral: empty, the strength as it is."
+        ),
+    )
+
+
+def layers_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "layers",
+        options=layer_choices(),
+        default=ALL,
+        optional=True,
+        tooltip="Which of the file's layers act. Cross-attention reads the words, self-attention and residual layers draw. Neutral: all.",
+    )
+
+
+def mask_input() -> io.Mask.Input:
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="Where it acts, white for fully. Any size: it is fitted to the picture. Neutral: not connected, everywhere.",
+    )
+
+
+def comparable_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "comparable",
+        default=False,
+        optional=True,
+        tooltip=(
+            "Sliders of different makers at the same strength change the model by the same amount; the report gives the factor. "
+            "Neutral: off, the strength is in units of the slider's own training."
+        ),
+    )
 
 
 def model_outputs(model_tooltip: str) -> list:
@@ -75,13 +149,24 @@ def check_numbers(strength: float, start_percent: float, end_percent: float, str
         raise ValueError(f"start_percent {start_percent:g} lies after end_percent {end_percent:g}: no step is in the window. Swap the two.")
 
 
+def checked_mask(mask):
+    """A mask (height, width) in 0..1 from a MASK. Raises ValueError that says what it holds instead."""
+    if mask.ndim == 3 and mask.shape[0] == 1:
+        mask = mask[0]
+    if mask.ndim != 2:
+        raise ValueError(f"mask has the shape {tuple(mask.shape)}. Connect one mask (1, height, width): pick it from a batch first.")
+    if not mask.isfinite().all():
+        raise ValueError("mask holds NaN or infinity. Connect another mask.")
+    return mask.float().clamp(0, 1).cpu()
+
+
 def check_one_source(file_name: str, file: str, lora) -> None:
     """Raises ValueError where both a file and a connected LoRA are given."""
     if lora is not None and file != NONE:
         raise ValueError(f"Both a file ('{file}') and `lora` are given. Set {file_name} to '{NONE}' to use `lora`, or disconnect `lora`.")
 
 
-def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> str | None:
+def reason_to_do_nothing(file, strength, start_percent, end_percent, lora=None, mask=None, schedule=None) -> str | None:
     """Why the node has no effect with these inputs, or None if it has one."""
     if file == NONE and lora is None:
         return "no file is chosen and no lora connected"
@@ -89,7 +174,55 @@ def reason_to_do_nothing(file, strength, start_percent, end_percent, lora) -> st
         return "strength is 0"
     if start_percent == end_percent:
         return f"start_percent and end_percent are both {start_percent:g}, so no step lies between them"
+    if mask is not None and not mask.any():
+        return "the mask is empty"
+    if schedule is not None and schedule.silent():
+        return f"the schedule {schedule} is 0 throughout"
     return None
+
+
+class Hanging(NamedTuple):
+    """How a LoRA is to act, as the nodes' inputs say it. strength_name: what the node calls the strength."""
+
+    strength: float
+    start_percent: float
+    end_percent: float
+    schedule: str = ""
+    layers: str = ALL
+    comparable: bool = False
+    mask: torch.Tensor | None = None
+    text: str = "own"
+    strength_name: str = "strength"
+
+    def put(self, model, kind: str, file_name: str, file: str, lora=None, label: str = CONNECTED) -> tuple[Any, list[str]]:
+        """A clone of MODEL with the file, or the LoRA given as tensors, on it, and report lines; the model itself where nothing is to be
+        done. `kind` is what reports call it, `file_name` what the node calls its file, `label` what a LoRA given as tensors is called.
+        Raises ValueError, AdapterError, MissingFile and UnsupportedFamily.
+        """
+        check_numbers(self.strength, self.start_percent, self.end_percent, self.strength_name)
+        check_one_source(file_name, file, lora)
+        schedule, mask = Schedule.parse(self.schedule), None if self.mask is None else checked_mask(self.mask)
+        idle = reason_to_do_nothing(file, self.strength, self.start_percent, self.end_percent, lora, mask, schedule)
+        if idle is not None:
+            return model, [f"Nothing done: {idle}. The model passes through unchanged."]
+
+        label = file if lora is None else label
+        state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
+        placement = adapters.place(model, state, label, self.layers)
+        strength, factor = self.strength, f"at strength {self.strength:g}"
+        if self.comparable:
+            strength *= placement.to_comparable()
+            factor += f" in comparable units ({strength:.3g} in its own)"
+        model = model.clone()
+        effect = adapters.AdapterEffect(
+            f"{kind} '{label}' at {self.strength:g}", placement.parts, strength, self.start_percent, self.end_percent, schedule
+        )
+        if mask is not None:
+            effect.place, effect.text = Place(mask), self.text
+        attach(model, effect)
+        where = "everywhere" if mask is None else f"on {float(mask.mean()):.0%} of the picture"
+        when = describe_window(self.start_percent, self.end_percent) + (f", times {schedule} over sampling" if schedule else "")
+        return model, [f"'{label}' {factor}, {where}, {when}.", placement.report]
 
 
 def describe_window(start_percent: float, end_percent: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import lab
+from ..lab.pairs import CHANGES, draw_pairs
 
 
 class LabLoader(io.ComfyNode):
@@ -54,4 +55,36 @@ class LabLoader(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
-NODES = [LabLoader]
+class LabPairs(io.ComfyNode):
+    """Drawn scenes that differ in one thing, to train a slider from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_LabPairs",
+            display_name="Draw Lab Pairs",
+            category="concept/lab",
+            description=(
+                "Draws scenes of the lab's world twice, before and after one change: pairs for Train Slider from Images. For other models "
+                "load pictures of your own."
+            ),
+            search_aliases=["lab", "image pairs", "before after", "training pictures", "shapes"],
+            inputs=[
+                io.Combo.Input("change", options=list(CHANGES), default="flat to neon", tooltip="What differs. All else stays."),
+                io.Int.Input("count", default=8, min=1, max=1024, tooltip="How many pairs."),
+                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures."),
+                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
+            ],
+            outputs=[
+                io.Image.Output("before", display_name="before", tooltip="The scenes before the change."),
+                io.Image.Output("after", display_name="after", tooltip="The same scenes after it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, change, count, width, height, seed) -> io.NodeOutput:
+        return io.NodeOutput(*draw_pairs(change, count, height=height, width=width, seed=seed))
+
+
+NODES = [LabLoader, LabPairs]

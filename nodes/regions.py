@@ -5,24 +5,29 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import adapters, files
-from ..host.dispatcher import attach
-from ..host.places import Place
+from ..host.families import ALL
 from ..host.regions import Hung, Regions, apply
 from ..ops.masks import Box, Ellipse
 from ..ops.regions import COLOURS, Region
+from ..ops.schedule import Schedule
 from ._shared import (
     LORA_MODEL,
     NONE,
-    check_file,
+    SLIDER_LIMIT,
+    Hanging,
+    OfFile,
+    OfLoraName,
     check_numbers,
     check_one_source,
-    describe_window,
+    checked_mask,
+    comparable_input,
     file_input,
+    layers_input,
+    mask_input,
     model_input,
     model_outputs,
-    print_of_file,
-    reason_to_do_nothing,
     result,
+    schedule_input,
     share_input,
     strength_input,
     window_inputs,
@@ -31,9 +36,10 @@ from ._shared import (
 LIMIT = 100.0
 LIMIT_ISOLATION = 10.0
 TEXTS = ("own", "none", "all")
+SPAN = "span"
 
 
-class MaskedLoRA(io.ComfyNode):
+class MaskedLoRA(OfLoraName):
     """A LoRA on a part of the picture, within a window of the steps, without touching the model's weights."""
 
     @classmethod
@@ -62,11 +68,7 @@ class MaskedLoRA(io.ComfyNode):
                     "strength_model", LIMIT, 0.01, "How strongly it acts: 1 as trained, negative the other way, 0 (neutral) not at all."
                 ),
                 *window_inputs(),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where it acts, white for fully. Any size: it is fitted to the picture. Neutral: not connected, everywhere.",
-                ),
+                mask_input(),
                 io.Combo.Input(
                     "text",
                     options=list(TEXTS),
@@ -77,50 +79,22 @@ class MaskedLoRA(io.ComfyNode):
                         "(neutral): a copy of the prompt that the masked part alone reads; 'none': no row; 'all': every row, which leaks."
                     ),
                 ),
+                schedule_input(),
+                layers_input(),
             ],
             outputs=model_outputs("The model with the LoRA on it."),
             has_intermediate_output=True,
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name=NONE):
-        return check_file(lora_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name=NONE, **_):
-        return print_of_file(lora_name)
-
-    @classmethod
-    def execute(cls, model, lora_name, strength_model, start_percent, end_percent, mask=None, text="own") -> io.NodeOutput:
-        check_numbers(strength_model, start_percent, end_percent, strength_name="strength_model")
-        mask = None if mask is None else checked_mask(mask)
-        idle = reason_to_do_nothing(lora_name, strength_model, start_percent, end_percent, None)
-        if idle is None and mask is not None and not mask.any():
-            idle = "the mask is empty"
-        if idle is not None:
-            return result(model, f"Nothing done: {idle}. The model passes through unchanged.")
-        placement = adapters.place(model, adapters.read(files.resolve("loras", lora_name)), lora_name)
-        model = model.clone()
-        where = "everywhere" if mask is None else f"on {float(mask.mean()):.0%} of the picture"
-        effect = adapters.AdapterEffect(
-            f"LoRA '{lora_name}' at {strength_model:g}", placement.parts, strength_model, start_percent, end_percent
+    def execute(
+        cls, model, lora_name, strength_model, start_percent, end_percent, mask=None, text="own", schedule="", layers=ALL
+    ) -> io.NodeOutput:
+        hanging = Hanging(
+            strength_model, start_percent, end_percent, schedule, layers, mask=mask, text=text, strength_name="strength_model"
         )
-        if mask is not None:
-            effect.place, effect.text = Place(mask), text
-        attach(model, effect)
-        told = f"'{lora_name}' at strength {strength_model:g}, {where}, {describe_window(start_percent, end_percent)}."
-        return result(model, f"{told}\n{placement.report}")
-
-
-def checked_mask(mask):
-    """A mask (height, width) in 0..1 from a MASK. Raises ValueError that says what it holds instead."""
-    if mask.ndim == 3 and mask.shape[0] == 1:
-        mask = mask[0]
-    if mask.ndim != 2:
-        raise ValueError(f"mask has the shape {tuple(mask.shape)}. Connect one mask (1, height, width): pick it from a batch first.")
-    if not mask.isfinite().all():
-        raise ValueError("mask holds NaN or infinity. Connect another mask.")
-    return mask.float().clamp(0, 1).cpu()
+        model, lines = hanging.put(model, "LoRA", "lora_name", lora_name)
+        return result(model, "\n".join(lines))
 
 
 REGIONS = "CONCEPT_REGIONS"
@@ -187,7 +161,7 @@ class RegionNode(io.ComfyNode):
         return io.NodeOutput(regions.with_region(region, None if rest else mask))
 
 
-class RegionLoRA(io.ComfyNode):
+class RegionLoRA(OfLoraName):
     """A LoRA hung on a region."""
 
     @classmethod
@@ -209,27 +183,20 @@ class RegionLoRA(io.ComfyNode):
                 io.Custom("LORA_STACK").Input(
                     "lora_stack", optional=True, tooltip="A list of LoRA files with strengths, as many packs make."
                 ),
+                schedule_input(),
             ],
             outputs=[io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions with the LoRA on one of them.")],
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name=NONE):
-        return check_file(lora_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, lora_name=NONE, **_):
-        return print_of_file(lora_name)
-
-    @classmethod
     def execute(
-        cls, regions, region, lora_name, strength_model, strength_clip, start_percent, end_percent, lora=None, lora_stack=None
+        cls, regions, region, lora_name, strength_model, strength_clip, start_percent, end_percent, lora=None, lora_stack=None, schedule=""
     ) -> io.NodeOutput:
         check_numbers(strength_model, start_percent, end_percent, strength_name="strength_model")
         check_numbers(strength_clip, start_percent, end_percent, strength_name="strength_clip")
         check_one_source("lora_name", lora_name, lora)
         regions.check_name(region)
-        loras = []
+        times, loras = Schedule.parse(schedule), []
         if lora_name != NONE:
             loras.append((lora_name, adapters.read(files.resolve("loras", lora_name)), strength_model, strength_clip))
         if lora is not None:
@@ -237,8 +204,49 @@ class RegionLoRA(io.ComfyNode):
         for name, model, clip in lora_stack or ():
             loras.append((name, adapters.read(files.resolve("loras", name)), model, clip))
         for label, state, model, clip in loras:
-            regions = regions.with_lora(region, Hung(label, state, model, clip, start_percent, end_percent))
+            regions = regions.with_lora(region, Hung(label, state, model, clip, start_percent, end_percent, times))
         return io.NodeOutput(regions)
+
+
+class RegionSlider(OfFile):
+    """A slider hung on a region."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_RegionSlider",
+            display_name="Region Slider",
+            category="concept/regions",
+            description="Hangs a slider on a named region: it turns its concept up or down there only. Several may hang on one region.",
+            search_aliases=["regional slider", "slider mask", "concept slider"],
+            inputs=[
+                io.Custom(REGIONS).Input("regions", tooltip="The regions, from Region or a canvas."),
+                io.String.Input("region", default="region 1", tooltip="The name of the region that gets the slider."),
+                file_input("file", "The slider: a LoRA file for the model's family, from models/loras. Neutral: 'none'."),
+                strength_input("strength", SLIDER_LIMIT, 0.05, "How far to turn, in units of its training. Neutral: 0."),
+                *window_inputs(" Later keeps the layout."),
+                io.Custom(LORA_MODEL).Input("lora", optional=True, tooltip="A LoRA from a training node. file must then be 'none'."),
+                schedule_input(),
+                layers_input(),
+                comparable_input(),
+            ],
+            outputs=[io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions with the slider on one of them.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, regions, region, file, strength, start_percent, end_percent, lora=None, schedule="", layers=ALL, comparable=False
+    ) -> io.NodeOutput:
+        check_numbers(strength, start_percent, end_percent)
+        check_one_source("file", file, lora)
+        regions.check_name(region)
+        times = Schedule.parse(schedule)
+        if file == NONE and lora is None:
+            return io.NodeOutput(regions)
+        label = file if lora is None else "the connected lora"
+        state = adapters.read(files.resolve("loras", file)) if lora is None else adapters.checked(lora, label)
+        hung = Hung(label, state, strength, 0.0, start_percent, end_percent, times, layers, comparable, "slider")
+        return io.NodeOutput(regions.with_lora(region, hung))
 
 
 class RegionsToMasks(io.ComfyNode):
@@ -295,11 +303,13 @@ class RegionsApply(io.ComfyNode):
                 io.Custom(REGIONS).Input("regions", tooltip="The regions, from Region or a canvas."),
                 io.Combo.Input(
                     "text",
-                    options=list(TEXTS),
+                    options=[*TEXTS, SPAN],
                     default="own",
                     tooltip=(
                         "Models that read prompt and picture as one sequence (Flux): which of the prompt's rows get a region's LoRA. 'own' "
-                        "(neutral): those that the region reads; 'none': no row; 'all': every row, which leaks."
+                        "(neutral): those that the region reads; 'none': no row; 'all': every row, which leaks; 'span': its words in the "
+                        "common prompt alone, which all of the picture reads. Its words are its prompt, or its name; if they are not in "
+                        "prompt, the node stops."
                     ),
                 ),
                 io.Float.Input(
@@ -310,11 +320,19 @@ class RegionsApply(io.ComfyNode):
                     step=0.1,
                     tooltip=(
                         "How much less the regions see of one another while the picture forms: taken from the logits of attention between "
-                        "them. 0 (neutral): they see all of it, which keeps the picture in one piece; 10: hardly anything."
+                        "them. 0 (neutral): they see all of it, which keeps the picture in one piece; 10: hardly anything. It does not "
+                        "bring back a figure that the model left out."
                     ),
                 ),
                 share_input("isolation_end", 0.5, "Until when isolation holds, as a share of sampling. No effect at isolation 0."),
                 io.Clip.Input("clip", optional=True, tooltip="Reads the regions' prompts. Neutral: not connected, if no region has one."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The text that positive was made from; for text 'span', which finds the regions' words in it. Neutral: empty.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The model with the regions on it."),
@@ -326,11 +344,14 @@ class RegionsApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None, prompt=""
+    ) -> io.NodeOutput:
         check_numbers(isolation, 0.0, 1.0, strength_name="isolation")
         if not 0.0 <= isolation_end <= 1.0:
             raise ValueError(f"isolation_end is {isolation_end}. Set it to a share of sampling from 0 to 1.")
-        applied, lines = apply(model, regions, clip, text, isolation, isolation_end)
+        rows = positive[0][0].shape[1] if positive else None
+        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, rows)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
 
@@ -342,4 +363,4 @@ def checked_name(name: str) -> str:
     return name.strip()
 
 
-NODES = [MaskedLoRA, RegionNode, RegionLoRA, RegionsToMasks, RegionsApply]
+NODES = [MaskedLoRA, RegionNode, RegionLoRA, RegionSlider, RegionsToMasks, RegionsApply]

@@ -85,3 +85,26 @@ def joint_bias(
     if apart is not None:
         bias[:, picture, picture] += apart
     return bias[:, None]
+
+
+def with_mask(bias: Tensor, mask: Tensor, copies: Sequence[Sequence[int]], words: int, texts: int, tokens: int) -> Tensor:
+    """`bias` (rows, 1, L, L) over [texts, picture, ...] with the bias `mask` (rows or 1, heads or none, n, n) added that came with a text
+    of `words` tokens, over [it, picture]: (rows, 1 or heads, L, L).
+
+    texts, tokens: of all texts together, and of the picture. copies: for each row, where in the sequence the text begins, as often as it
+    is in it; texts between these keep to themselves what they had.
+    """
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    mask = mask.expand(len(bias), -1, -1, -1)
+    bias = bias.repeat(1, mask.shape[1], 1, 1)
+    picture = slice(texts, texts + tokens)
+    bias[..., picture, picture] += mask[..., words:, words:]
+    for row, firsts in enumerate(copies):
+        for first in firsts:
+            own = slice(first, first + words)
+            bias[row, :, own, own] += mask[row, :, :words, :words]
+            bias[row, :, own, picture] += mask[row, :, :words, words:]
+            bias[row, :, picture, own] += mask[row, :, words:, :words]
+    # A row that saw nothing but what is elsewhere now would be a softmax over nothing: it sees itself.
+    alone = (bias == -torch.inf).all(-1)
+    return torch.where(torch.diag_embed(alone), torch.zeros((), dtype=bias.dtype, device=bias.device), bias)

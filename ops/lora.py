@@ -51,6 +51,12 @@ def delta_weight(factors: Factors) -> Tensor:
     return factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
 
 
+def delta_square(factors: Factors) -> float:
+    """The squared Frobenius norm of `delta_weight`, from products of its small side: ||B A||^2 = sum(B^T B * A A^T)."""
+    up, down = factors.up.double(), factors.down.double().flatten(1)
+    return factors.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
+
+
 class _Together:
     """Adapters of a layer in one pass over all of its rows.
 
@@ -72,12 +78,17 @@ class _Together:
         ranks = torch.tensor([factors.down.shape[0] for _, factors in flat])
         self._owners = torch.tensor([owner for owner, _ in flat]).repeat_interleave(ranks)
         self._scales = torch.tensor([factors.scale for _, factors in flat], dtype=torch.float32).repeat_interleave(ranks)
-        self.shares, self.columns = None, None
 
-    def set(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> None:
-        self.gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
-        self.shares = shares
-        self.columns = None if shares is None else torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device)
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> tuple:
+        """What `use` takes: the gain of each rank, its place, and the shares."""
+        gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+        if shares is None:
+            return gain, None, None
+        return gain, torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device), shares
+
+    def use(self, setting: tuple) -> None:
+        gain, columns, self.shares = setting
+        self.gain, self.columns = gain.to(self.down.device), None if columns is None else columns.to(self.down.device)
 
     def follow(self, x: Tensor) -> None:
         self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
@@ -124,6 +135,8 @@ class _Apart:
     down (P, in, r); ups: (rows, first column, B (P, columns, n)).
     """
 
+    PARTS = 8  # buckets whose matrices stay cut out
+
     def __init__(self, flat: Sequence[tuple[int, Factors]], places: Sequence[int | None], device, dtype: torch.dtype):
         self._of = sorted({places[owner] for owner, _ in flat})
         downs: list[list[Tensor]] = [[] for _ in self._of]
@@ -150,36 +163,58 @@ class _Apart:
         self._owners = torch.tensor([[max(owner, 0) for owner, _ in row] for row in gains])
         self._scales = torch.tensor([[scale for _, scale in row] for row in gains])
         self._filled = torch.tensor([[owner < 0 for owner, _ in row] for row in gains])
+        self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
 
-    def set(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> None:
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
+        """What `use` takes: the gains of each bucket's places, and the shares."""
         gain = torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales
         if bool(((gain == gain[:, :1]) | self._filled).all()):
             gain = gain[:, :1]
-        self.shares, self.gain = shares, gain[:, None, None, :].to(self.down.device)
+        gain = gain[:, None, None, :].to(self.down.device)
+        return {places: gain[self._at(places)] for places in shares.groups()}, shares
+
+    def use(self, setting: tuple) -> None:
+        gains, self.shares = setting
+        self.gains = {places: gain.to(self.down.device) for places, gain in gains.items()}
         self._cut()
 
+    def _at(self, places: Sequence[int]) -> list[int]:
+        return [self._of.index(place) for place in places]
+
     def _cut(self) -> None:
-        """The matrices and gains of each bucket's places, cut out once and not in every call."""
-        self._parts = {}
-        for places in self.shares.groups():
-            at = [self._of.index(place) for place in places]
+        """The matrices of each bucket's places, cut out once and not in every call."""
+        for places in self.gains:
+            at = self._at(places)
             if at == list(range(len(self._of))):
-                self._parts[places] = self.down, self.gain, self.ups
-            else:
-                self._parts[places] = self.down[at], self.gain[at], [(rows, first, up[at]) for rows, first, up in self.ups]
+                self._parts[places] = self.down, self.ups
+            elif places not in self._parts:
+                self._parts[places] = self.down[at], [(rows, first, up[at]) for rows, first, up in self.ups]
+        while len(self._parts) > max(self.PARTS, len(self.gains)):
+            self._parts.pop(next(places for places in self._parts if places not in self.gains))
 
     def follow(self, x: Tensor) -> None:
-        self.down, self.gain = self.down.to(x.device, x.dtype), self.gain.to(x.device)
+        self.down = self.down.to(x.device, x.dtype)
+        self.gains = {places: gain.to(x.device) for places, gain in self.gains.items()}
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
+        self._parts.clear()
         self._cut()
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
-            down, gain, ups = self._parts[bucket.places]
-            z = bucket.weigh(torch.bmm(bucket.pick(x), down), gain)
+            down, ups = self._parts[bucket.places]
+            z = bucket.weigh(torch.bmm(bucket.pick(x), down), self.gains[bucket.places])
             for rows, first, up in ups:
                 bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
+
+
+class Setting(NamedTuple):
+    """One way for a `Stack` to act: of whom it is built, and what its parts take."""
+
+    places: tuple[int | None, ...]
+    apart: bool
+    plain: tuple | None
+    placed: tuple | None
 
 
 class Stack:
@@ -203,17 +238,33 @@ class Stack:
         """One strength per adapter, in the order they were given in, and the place in `shares` of each that has one: rows are the tokens
         of a linear layer, and the positions of a convolution's output.
         """
+        self.use(self.setting(strengths, places, shares))
+
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> Setting:
+        """What `set_strengths` would set, for `use` to take as often as it is asked for: its tensors are on the device already."""
         places = tuple(places) if shares is not None else (None,) * len(strengths)
         apart = shares is not None and self._saves(places, shares)
+        plain, placed = self._parts(places, apart)
+        return Setting(
+            places,
+            apart,
+            plain.setting(strengths, places, None) if plain else None,
+            placed.setting(strengths, places, shares) if placed else None,
+        )
+
+    def use(self, setting: Setting) -> None:
+        self._plain, self._placed = self._parts(setting.places, setting.apart)
+        if self._plain:
+            self._plain.use(setting.plain)
+        if self._placed:
+            self._placed.use(setting.placed)
+
+    def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
         if (places, apart) not in self._built:
             while len(self._built) > 1:  # calls over the whole picture and over a part of it may take turns
                 self._built.pop(next(iter(self._built)))
             self._built[places, apart] = self._build(places, apart)
-        self._plain, self._placed = self._built[places, apart]
-        if self._plain:
-            self._plain.set(strengths, places, None)
-        if self._placed:
-            self._placed.set(strengths, places, shares)
+        return self._built[places, apart]
 
     def _build(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
         """The adapters without a place, and those with one."""

@@ -26,6 +26,7 @@ from .masks import Box, Ellipse, Overlap, Polygon, Shape, Stroke, combine, pool,
 VERSION = 1
 UNIT = 10_000
 MOST = 64
+LONGEST = 2_000_000  # characters of JSON: it goes into every saved picture
 OVERLAPS = ("normalize", "priority", "max")
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 REACH = 2 * UNIT  # how far outside of the canvas a coordinate may lie
@@ -93,14 +94,8 @@ class Document:
 
 def parse(text: str | Mapping[str, Any]) -> Document:
     """A document from its JSON. Raises DocumentError."""
-    if isinstance(text, str):
-        try:
-            data = json.loads(text) if text.strip() else {"version": VERSION}
-        except json.JSONDecodeError as error:
-            raise DocumentError(f"The regions are no JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
-    else:
-        data = text
-    top = _Fields(data, "the regions", ("version", "overlap", "regions"))
+    data = _read(text) if isinstance(text, str) else text
+    top = _Fields(data, "the document", ("version", "overlap", "regions"))
     version = top.number("version", VERSION, whole=True)
     if version > VERSION:
         raise DocumentError(
@@ -124,6 +119,23 @@ def parse(text: str | Mapping[str, Any]) -> Document:
     return Document(regions, top.choice("overlap", OVERLAPS))
 
 
+def _read(text: str) -> Any:
+    if len(text) > LONGEST:
+        raise DocumentError(
+            f"The regions are {len(text):,} characters long; at most {LONGEST:,} are possible. Draw with fewer strokes, or connect a mask."
+        )
+
+    def refuse(constant: str):
+        raise DocumentError(f"The regions hold {constant}, which is no number of JSON. Replace it by a finite one.")
+
+    try:
+        return json.loads(text, parse_constant=refuse) if text.strip() else {"version": VERSION}
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"The regions are no JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
+    except RecursionError:
+        raise DocumentError("The regions are nested too deeply to be read. Restore an earlier version of them.") from None
+
+
 def dump(document: Document) -> str:
     """The JSON of a document: `parse(dump(d)) == d`, up to a ten-thousandth of the canvas."""
     return json.dumps(
@@ -141,7 +153,7 @@ class _Fields:
         unknown = [key for key in data if key not in known]
         if unknown:
             raise DocumentError(f"{where} has an unknown field '{unknown[0]}'. Known: {', '.join(known)}.")
-        self.data, self.prefix = data, "" if where == "the regions" else f"{where}."
+        self.data, self.prefix = data, "" if where == "the document" else f"{where}."
 
     def _wrong(self, key: str, must: str) -> DocumentError:
         return DocumentError(f"{self.prefix}{key} is {_kind(self.data[key])}. It must be {must}.")
@@ -183,9 +195,11 @@ class _Fields:
         if len(values) < least or len(values) % 2:
             raise DocumentError(f"{self.prefix}{key} has {len(values)} numbers. It must have an even number of them, at least {least}.")
         for index, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, int) or abs(value) > REACH:
+            # 5.0 is a whole number, too: JavaScript does not tell the two apart.
+            whole = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= REACH and value == int(value)
+            if not whole:
                 raise DocumentError(f"{self.prefix}{key}[{index}] is {_kind(value)}. It must be a whole number from {-REACH} to {REACH}.")
-        return list(values)
+        return [int(value) for value in values]
 
 
 def _kind(value: Any) -> str:
@@ -193,7 +207,7 @@ def _kind(value: Any) -> str:
         return "an object"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "a list"
-    return json.dumps(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | int | float | bool | None) else type(value).__name__
 
 
 def _region(data: Any, where: str, index: int) -> Region:

@@ -60,6 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched = add("bench", run_benchmark, "run a benchmark")
     benched.add_argument("name", metavar="NAME")
     benched.add_argument("--check", action="store_true", help="re-run a random sample of the committed result")
+    benched.add_argument("--size", choices=("sdxl", "flux"), help="regional: time a model of this published size (needs --device cuda)")
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -133,7 +134,12 @@ def run_benchmark(options) -> int:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
     if options.name not in names:
         raise SetupError(f"There is no benchmark {options.name!r}; there are: {', '.join(names) or 'none yet'}.")
-    return Ready().inside(f"concept_nodes.benchmarks.{options.name}", *(["--check"] if options.check else []), device=options.device)
+    if options.size and options.name != "regional":
+        raise SetupError(f"bench {options.name} has no --size; bench regional has.")
+    if options.size and options.device == "cpu":
+        raise SetupError(f"--size {options.size} times a model of the published size, which needs a GPU: add --device cuda.")
+    passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
+    return Ready().inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
 
 
 def run_lab(options) -> int:

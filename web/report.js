@@ -11,6 +11,9 @@ const BEFORE_FIRST_RUN = "The report appears here after a run.";
 const isReporter = (node) =>
   node.comfyClass?.startsWith(ID_PREFIX) && node.outputs?.some((output) => output.name === REPORT_OUTPUT);
 
+/** A widget of the node that shows reports in itself; a second one beside it would share the node's height with it. */
+const showsReports = (widget) => typeof widget.showReport === "function";
+
 /** @param {{text?: string | string[]} | null | undefined} output what a node sent with its run */
 const reportOf = (output) => [output?.text ?? []].flat().join("\n");
 
@@ -62,12 +65,17 @@ function addReportWidget(node) {
   });
   widget.serialize = false; // not in the saved workflow
   widget.value = "";
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
 }
 
 function showReport(node, output) {
-  const widget = node?.widgets?.find((candidate) => candidate.name === WIDGET_NAME);
   const report = reportOf(output);
-  if (widget && report) widget.value = report;
+  if (!report) return;
+  const panel = node?.widgets?.find(showsReports);
+  const widget = node?.widgets?.find((candidate) => candidate.name === WIDGET_NAME);
+  if (panel) panel.showReport(report);
+  else if (widget) widget.value = report;
 }
 
 /** The node of a locator: "<id>" in the root graph, "<subgraph uuid>:<id>" in a subgraph. */
@@ -81,7 +89,7 @@ app.registerExtension({
   name: "ConceptNodes.Report",
   nodeCreated(node) {
     if (!isReporter(node)) return;
-    addReportWidget(node);
+    if (!node.widgets?.some(showsReports)) addReportWidget(node);
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);

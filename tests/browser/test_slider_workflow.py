@@ -49,7 +49,7 @@ def test_run_shows_the_picture_and_the_reports(slider):
     assert slider.run_ended == "execution_success"
     assert slider.faults_shown() == []
     assert slider.picture_width(PICTURE) == 64
-    assert "'concept_lab/background.safetensors' at strength 2, in all steps." in slider.report(SLIDER)
+    assert "'concept_lab/sliders/unet/background.safetensors' at strength 2, everywhere, in all steps." in slider.report(SLIDER)
     assert "acted in 20 of 20 steps" in slider.report(REPORT)
 
 
@@ -102,7 +102,7 @@ def test_report_reaches_a_node_in_a_subgraph(slider):
     reports = slider.page.evaluate("""() => [...window.app.rootGraph.subgraphs.values()][0].nodes
         .map(node => node.widgets.find(widget => widget.name === "last_report").value)""")
     assert len(reports) == 1
-    assert "concept_lab/background.safetensors" in reports[0]
+    assert "concept_lab/sliders/unet/background.safetensors" in reports[0]
 
 
 def test_long_report_does_not_stretch_the_node(slider):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
-from concept_nodes.nodes.sliders import Slider
+from concept_nodes.nodes.sliders import Slider, SliderPrompts
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Region
 
@@ -37,8 +37,8 @@ class Case(NamedTuple):
         return self.execute(model).result[0]
 
 
-def slider(model, strength=0.8, start=0.0, end=1.0, **lora):
-    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora))
+def slider(model, strength=0.8, start=0.0, end=1.0, schedule="", **lora):
+    return Slider.execute(model, "none", strength, start, end, lora=models.lora(model, **lora), schedule=schedule)
 
 
 def slide(*args, **options):
@@ -71,6 +71,16 @@ def put_regions(*args, **options):
     return regions(*args, **options).result[0]
 
 
+def prompts(model, strength=0.8, start=0.0, end=1.0, form="guidance", schedule="", other=40):
+    """Slider from Prompts between two random prompts."""
+    positive, more, less = (models.conditioning(model, seed) for seed in (10, 30, other))
+    return SliderPrompts.execute(model, positive, more, less, form, strength, start, end, schedule)
+
+
+def put_prompts(*args, **options):
+    return prompts(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -99,6 +109,16 @@ EFFECTS = {
             "no regions": lambda model: RegionsApply.execute(model, [], [], Regions()).result[0],
         },
     ),
+    "ConceptNodes_SliderPrompts": Case(
+        execute=prompts,
+        tells=("0.8 times the way", "in all steps", "One model call is added"),
+        neutral={
+            "strength 0": lambda model: put_prompts(model, 0.0),
+            "empty window": lambda model: put_prompts(model, start=0.5, end=0.5),
+            "equal poles": lambda model: put_prompts(model, other=30),
+            "embedding": lambda model: put_prompts(model, form="embedding"),
+        },
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
@@ -114,9 +134,16 @@ EFFECTS = {
 
 # Nodes that put nothing on a model, and why the laws about sampling have nothing to hold for them.
 PLUMBING = {
+    "ConceptNodes_Canvas": "makes a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
+    "ConceptNodes_RegionSlider": "adds to a list; test_slider.py holds that it acts as a region's LoRA does",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
+    "ConceptNodes_SliderTrainText": "trains a file; test_training.py holds what it is",
+    "ConceptNodes_SliderTrainImages": "trains a file; test_training.py holds what it is",
+    "ConceptNodes_LabPairs": "draws pictures; test_lab_scenes.py holds what they are",
+    "ConceptNodes_SliderSweep": "a list of what Slider makes; test_sweep.py holds that each is",
+    "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
 }

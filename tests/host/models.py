@@ -114,6 +114,53 @@ def build_quantised():
     return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
 
 
+class Packed(comfy.ops.manual_cast):
+    """Operations as packs for quantised files bring them: a linear layer holds codes of its weight, of another shape and type, and makes
+    the weight of them in every forward.
+    """
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        BLOCK = 32  # codes that share a scale
+
+        def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+            torch.nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            codes = torch.zeros(out_features, in_features // self.BLOCK, self.BLOCK + 2, dtype=torch.uint8)
+            self.weight = torch.nn.Parameter(codes, requires_grad=False)
+            self.bias = torch.nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+        @classmethod
+        def packed(cls, weight: torch.Tensor) -> torch.Tensor:
+            """(out, blocks, 2 + 32) bytes: a scale in float16, then whole numbers from -127 to 127."""
+            blocks = weight.unflatten(1, (-1, cls.BLOCK))
+            scales = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-6).half()
+            codes = (blocks / scales.float()).round().clamp(-127, 127).to(torch.int8)
+            return torch.cat([scales.view(torch.uint8), codes.view(torch.uint8)], -1)
+
+        def forward_comfy_cast_weights(self, input):
+            packed = self.weight.to(input.device)
+            scales, codes = packed[..., :2].contiguous().view(torch.float16), packed[..., 2:].contiguous().view(torch.int8)
+            weight = (codes.to(input.dtype) * scales.to(input.dtype)).flatten(1)
+            return torch.nn.functional.linear(input, weight, None if self.bias is None else self.bias.to(input))
+
+
+def build_packed(kind: str = "sd15"):
+    """A model of the class `kind` whose linear layers make their weights anew in every forward."""
+    source = build(kind)
+    config = KINDS[kind][0](dict(KINDS[kind][1]))
+    config.unet_config, config.custom_operations = dict(KINDS[kind][1]), Packed
+    config.set_inference_dtype(torch.float32, None)
+    with torch.inference_mode(False):
+        model = config.get_model({}, "", device="cpu")
+        with torch.no_grad():
+            for name, module in model.diffusion_model.named_modules():
+                given = source.model.diffusion_model.get_submodule(name)
+                for key, parameter in module.named_parameters(recurse=False):
+                    tensor = getattr(given, key)
+                    parameter.copy_(module.packed(tensor) if key == "weight" and isinstance(module, Packed.Linear) else tensor)
+    return comfy.model_patcher.ModelPatcher(model, source.load_device, source.offload_device)
+
+
 FULL_SIZE = {
     "sd15": UNET
     | {
@@ -167,7 +214,7 @@ def channels(model) -> int:
 
 def conditioning(model, seed: int, tokens: int = 7):
     pooled = {"sd15": {}, "sdxl": {"pooled_output": seeded((1, 1280), seed + 1)}, "flux": {"pooled_output": seeded((1, 32), seed + 1)}}
-    kind = next(kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config)
+    kind = next((kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config), "sd15")
     return [[seeded((1, tokens, CONTEXT), seed), pooled[kind]]]
 
 

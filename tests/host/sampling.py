@@ -93,6 +93,44 @@ def custom(model) -> torch.Tensor:
         return SamplerCustom.execute(model, True, 3, 3.0, *prompts(model, 2), picker, sigmas, models.latent(model)).result[0]["samples"]
 
 
+def one_by_one(model, order=1):
+    """A clone whose conditions are evaluated in calls of their own, as packs for small cards have it; in reverse with an order of -1."""
+    model = model.clone()
+
+    def cut(value, row, rows):
+        return value[row : row + 1] if isinstance(value, torch.Tensor) and len(value) == rows else value
+
+    def split(apply, args):
+        x, t, c = args["input"], args["timestep"], args["c"]
+        options, rows = c["transformer_options"], len(x)
+        entries = len(options["cond_or_uncond"])
+        assert rows == entries, "one picture only"
+        outputs = [None] * rows
+        for row in range(rows)[::order]:
+            own = options | {key: options[key][row : row + 1] for key in ("cond_or_uncond", "uuids")}
+            arguments = {key: cut(value, row, rows) for key, value in c.items()} | {"transformer_options": own}
+            outputs[row] = apply(x[row : row + 1], t[row : row + 1], **arguments)
+        return torch.cat(outputs)
+
+    model.set_model_unet_function_wrapper(split)
+    return model
+
+
+def turned_around(model):
+    """A clone that is shown the conditions of a call in the reverse order."""
+    model = model.clone()
+
+    def turn(apply, args):
+        x, t, c = args["input"], args["timestep"], args["c"]
+        options = c["transformer_options"]
+        turned = {key: value.flip(0) if isinstance(value, torch.Tensor) and len(value) == len(x) else value for key, value in c.items()}
+        turned["transformer_options"] = options | {key: options[key][::-1] for key in ("cond_or_uncond", "uuids")}
+        return apply(x.flip(0), t.flip(0), **turned).flip(0)
+
+    model.set_model_unet_function_wrapper(turn)
+    return model
+
+
 def from_picture(model, noise_mask=None, denoise=0.5) -> torch.Tensor:
     latent = {"samples": models.seeded((1, 4, 8, 8), 30)}
     if noise_mask is not None:
@@ -158,15 +196,15 @@ def loaded(build=models.build):
     return model
 
 
-def compiled():
-    model = models.build("flux").clone()
+def compiled(kind="flux"):
+    model = models.build(kind).clone()
     set_torch_compile_wrapper(model, backend="eager")
     return model
 
 
-def half_offloaded():
+def half_offloaded(kind="sd15"):
     """A model of which every run finds half the weights offloaded, as on a card that is too small."""
-    model = models.build()
+    model = models.build(kind)
 
     def offload(executor, patcher, *args, **kwargs):
         prepared = executor(patcher, *args, **kwargs)

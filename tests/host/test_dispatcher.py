@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import cases
 import comfy.hooks
@@ -24,9 +25,10 @@ from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
 from concept_nodes.host.run_record import find
-from concept_nodes.host.window import Window
+from concept_nodes.host.window import Window, course
 from concept_nodes.nodes.sliders import Slider
 from concept_nodes.ops.lora import Factors
+from concept_nodes.ops.schedule import Schedule
 
 SETUP_SECONDS = 0.1
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)
@@ -411,19 +413,27 @@ class TestWindow:
         assert torch.equal(one, other)
         assert not torch.equal(one, models.sample(reschedule(model), steps=self.STEPS))
 
-    def test_strength_that_changes_from_call_to_call(self, plain):
-        """What a schedule of strengths will be: the same placed adapters, another number in each call."""
-
-        class Scheduled(adapters.AdapterEffect):
-            def strengths(self, model_sampling):
-                late = Window.of(model_sampling, 0.35, 1.0)
-                return lambda call: -0.4 if late.holds(call.sigma) else 0.9
-
-        scheduled = plain.clone()
-        parts = adapters.place(plain, models.lora(plain), "test").parts
-        dispatcher.attach(scheduled, Scheduled("test", parts, 1.0))
+    @pytest.mark.parametrize("kind", list(models.KINDS))
+    def test_schedule_with_a_step_is_two_windows(self, kind):
+        plain = models.build(kind)
+        scheduled = cases.slide(plain, 1.0, schedule="0:.9, .35:.9, .35:-.4")
         pieces = cases.slide(cases.slide(plain, 0.9, end=0.35), -0.4, start=0.35)
         assert torch.equal(models.sample(scheduled, steps=self.STEPS), models.sample(pieces, steps=self.STEPS))
+
+    @pytest.mark.parametrize("kind", list(models.KINDS))
+    def test_schedule_at_the_noise_levels_of_its_shares(self, kind):
+        sampling_ = models.build(kind).get_model_object("model_sampling")
+        schedule = Schedule.parse("0:0, .3:1, 1:.5")
+        factor = course(sampling_, 0.0, 1.0, schedule)
+        for share in (0.001, 0.1, 0.3, 0.301, 0.5, 0.77, 0.999):
+            level = SimpleNamespace(sigma=float(sampling_.percent_to_sigma(share)))
+            assert factor(level) == pytest.approx(schedule.at(share), abs=1e-4)
+
+    def test_schedule_acts_in_its_window_only(self, plain):
+        sampling_ = plain.get_model_object("model_sampling")
+        factor = course(sampling_, 0.2, 0.6, Schedule.parse("0:2"))
+        factors = [factor(SimpleNamespace(sigma=float(sampling_.percent_to_sigma(share)))) for share in (0.1, 0.3, 0.5, 0.7)]
+        assert factors == [0, 2, 2, 0]
 
     def test_step_on_the_border_belongs_to_the_window_that_starts_there(self, plain):
         sampling_ = plain.get_model_object("model_sampling")

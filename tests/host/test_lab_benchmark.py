@@ -7,11 +7,12 @@ import torch
 
 from concept_nodes.benchmarks import slider as bench
 from concept_nodes.host import adapters, lab
+from concept_nodes.lab.attributes import RANGES
 from concept_nodes.lab.captions import BACKGROUND_WORDS, SIZE_WORDS
 from concept_nodes.lab.eye import Reading, Seen
 from concept_nodes.lab.scenes import COLOURS, SHAPES
 
-FILES = sorted((lab.WEIGHTS.parent / "loras" / "concept_lab").glob("*.safetensors"))
+FILES = sorted((lab.LORAS / "concept_lab" / "sliders" / "unet").glob("*.safetensors"))
 
 
 class TestSpearman:
@@ -61,14 +62,14 @@ class TestAsking:
         assert texts == [bench.prompt(slider, seed) for seed in range(200)]
 
     def test_attribute(self):
-        reading = Reading(0.4, "flat", 1.0, [Seen("star", "red", "solid", 21.0, 32.0, 32.0, 0.9)])
-        assert bench.attribute("background", reading) == 0.4
-        assert bench.attribute("size", reading) == 21.0
-        assert math.isnan(bench.attribute("size", Reading(0.4, "flat", 1.0)))
+        reading, picture = Reading(0.4, "flat", 1.0, [Seen("star", "red", "solid", 21.0, 32.0, 32.0, 0.9)]), torch.zeros(64, 64, 3)
+        assert bench.attribute("background", picture, reading) == 0.4
+        assert bench.attribute("size", picture, reading) == 21.0
+        assert math.isnan(bench.attribute("size", picture, Reading(0.4, "flat", 1.0)))
 
-    @pytest.mark.parametrize("slider", bench.RANGES)
+    @pytest.mark.parametrize("slider", RANGES)
     def test_span_is_a_share_of_the_range(self, slider):
-        whole = torch.linspace(0, bench.RANGES[slider], 9)
+        whole = torch.linspace(0, RANGES[slider], 9)
         torch.testing.assert_close(bench.span(slider, torch.stack([whole, whole / 2, whole.flip(0)])), torch.tensor([1.0, 0.5, -1.0]))
 
     def test_strengths_are_nine_around_zero(self):

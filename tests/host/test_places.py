@@ -9,10 +9,13 @@ import nodes
 from concept_nodes.host import adapters, lab
 from concept_nodes.host.dispatcher import Effect, attach
 from concept_nodes.host.places import Place, group, segments
+from concept_nodes.host.run_record import find
 from concept_nodes.host.sites import IMAGE, JOINT, MAP, TEXT, VECTOR, Pyramid, Site, sites
+from concept_nodes.host.spread import Crop, Kind, Spread
 from concept_nodes.lab import measure
 from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.regions import MaskedLoRA
+from concept_nodes.ops.masks import pool
 
 KINDS = list(models.KINDS)
 UNETS = ["sd15", "sdxl"]
@@ -153,7 +156,7 @@ def test_a_masked_slider_shrinks_the_object_under_the_mask_and_not_the_other():
         return tuple(sum(found) / len(found) for found in sizes)
 
     def masked(mask):
-        return MaskedLoRA.execute(loaded.model, "concept_lab/size.safetensors", -2.0, 0.0, 1.0, mask).result[0]
+        return MaskedLoRA.execute(loaded.model, "concept_lab/sliders/unet/size.safetensors", -2.0, 0.0, 1.0, mask).result[0]
 
     star, circle = diameters(loaded.model)
     for mask, shrunk, kept in ((half, 0, 1), (1 - half, 1, 0)):
@@ -294,3 +297,70 @@ def layers(model) -> list[str]:
         for name, module in model.model.named_modules()
         if name.startswith("diffusion_model.") and (hasattr(module, "in_features") or isinstance(module, torch.nn.Conv2d))
     ]
+
+
+def joint_of(places, mask):
+    """The bias that a call over 8x8 cells gets whose texts lie behind one another, one for each of `places`."""
+    kind = Kind((8, 8), (Crop(0, 0, 8, 8),), ("positive",), 1, 7, 0)
+    spread = Spread(kind, {index: (place, "own") for index, place in enumerate(places)}, torch.device("cpu"))
+    return spread.read_jointly(True, None, 1).arguments(context(10), 0, mask)["attention_mask"]
+
+
+class TestAMaskOfTheConditionsOwn:
+    """Flux: a bias that came with the common text, over it and the picture."""
+
+    @pytest.fixture(scope="class")
+    def flux(self):
+        return models.build("flux")
+
+    def mask(self, seed=40, text=True):
+        """(1, 7 + 16, 7 + 16) for a latent of 8x8; without `text`, between the picture's own tokens alone."""
+        mask = models.seeded((1, 23, 23), seed, 3.0)
+        mask[:, 8:12, 2:4] = -torch.inf
+        if not text:
+            mask[:, :7], mask[:, :, :7] = 0, 0
+        return mask
+
+    def drawn(self, model, mask, positive=None, **options):
+        with torch.inference_mode():
+            asked, not_wanted = models.conditioning(model, 10), models.conditioning(model, 20)
+            asked[0][0] = context(10) if positive is None else positive
+            for (_, given), own in ((asked[0], mask), (not_wanted[0], mask if mask is None else mask / 2)):
+                if own is not None:
+                    given |= {"attention_mask": own, "attention_mask_img_shape": (4, 4)}
+            (out,) = nodes.common_ksampler(model, 3, 4, 3.0, "euler", "normal", asked, not_wanted, models.latent(model, **options))
+        return out["samples"]
+
+    def test_it_acts_at_all(self, flux):
+        assert not torch.allclose(self.drawn(flux, self.mask()), self.drawn(flux, None), atol=0.1)
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_it_stays_where_a_copy_of_the_text_is_read(self, flux, batch):
+        """Everything reads the common text through an adapter of its own: the plain adapter under the same mask."""
+        mask = self.mask()
+        placed, plain = (self.drawn(model, mask, batch=batch) for model in (adapted(flux, Place(ONES)), adapted(flux)))
+        torch.testing.assert_close(placed, plain, **CLOSE)
+
+    def test_every_copy_of_the_text_keeps_it(self, flux):
+        """Both halves read a copy of the common text, and their adapters add nothing: each position is under the one mask."""
+        places = [Place(LEFT), Place(1 - LEFT)]
+        group(places)
+        whole = joint_of(places, self.mask())
+        for half, first in ((LEFT, 0), (1 - LEFT, 7)):
+            rows = torch.tensor([*range(first, first + 7), *(14 + pool(half[None], 4, 4)[0].flatten().nonzero().flatten())])
+            alone = torch.cat([torch.arange(7), rows[7:] - 7])
+            torch.testing.assert_close(whole[0, 0][rows][:, rows], self.mask()[0][alone][:, alone])
+
+    def test_a_text_of_ones_own_is_free_of_it(self, flux):
+        """What the region reads is not what the mask was made for; the picture's part of it holds."""
+        region = Place(ONES, {"positive": context(31, 9), "negative": context(32, 5)})
+        placed = [self.drawn(reading(flux, region), self.mask(text=text)) for text in (True, False)]
+        assert torch.equal(*placed)
+        assert not torch.allclose(placed[0], self.drawn(reading(flux, region), None), atol=1e-2)
+
+    def test_one_over_other_tokens_is_left_out_with_a_note(self, flux):
+        placed = adapted(flux, Place(LEFT))
+        samples = self.drawn(placed, models.seeded((1, 30, 30), 3))
+        told = find(samples).describe()  # now, for the next run ends in the same latents
+        assert "mask was left out: it is over 30 tokens, and there are 7 of text and 16 of the picture" in told
+        assert torch.equal(samples, self.drawn(placed, None))

@@ -18,6 +18,7 @@ from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.places import Place, group
 from concept_nodes.host.regions import Hung, IsolationEffect, Regions, RegionsError
 from concept_nodes.nodes.regions import RegionLoRA, RegionNode, RegionsApply, RegionsToMasks
+from concept_nodes.ops.lora import Stack
 from concept_nodes.ops.masks import Box, Ellipse, Stroke
 from concept_nodes.ops.regions import Document, DocumentError, LoraFile, Region
 
@@ -164,6 +165,40 @@ class TestKeysKept:
         plain = unet.clone()
         attach(plain, adapters.AdapterEffect("plain", placement.parts, 1.0, 0.0, 0.5))
         torch.testing.assert_close(models.sample(put(unet, regions)), models.sample(plain), **CLOSE)
+
+
+class TestKindsThatTakeTurns:
+    """Conditions in calls of their own: two kinds of calls, in turn."""
+
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """How many settings the layers were asked for."""
+        made, setting = [], Stack.setting
+
+        def count(stack, *args):
+            made.append(stack)
+            return setting(stack, *args)
+
+        monkeypatch.setattr(Stack, "setting", count)
+        return made
+
+    def test_each_layer_gets_its_gains_once_for_each_kind(self, unet, made):
+        placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9)))
+        models.sample(placed)
+        together, layers = len(made), len(set(map(id, made)))
+        made.clear()
+        models.sample(sampling.one_by_one(placed), steps=6)
+        # When it is joined, each layer gets gains for the whole picture first.
+        assert (together, len(made)) == (2 * layers, 3 * layers)
+
+    def test_a_strength_that_changes_reaches_them(self, unet, made):
+        """A window that ends in the middle, while another LoRA acts on."""
+        state = models.lora(unet)
+        arms = []
+        for change in (sampling.one_by_one, lambda model: model):
+            regions = halves(unet, state, models.lora(unet, seed=9)).with_lora("left", Hung("early", models.lora(unet, seed=3), end=0.5))
+            arms.append(models.sample(change(put(unet, regions)), steps=6))
+        torch.testing.assert_close(*arms, rtol=1e-3, atol=1e-3)
 
 
 class TestIsolation:
@@ -439,3 +474,115 @@ def test_a_model_evaluated_again_within_a_call_changes_nothing(unet):
         return executor(x, t, context, y, control, options, **kwargs)
 
     assert torch.equal(models.sample(sampling.wrapped(placed, WrappersMP.DIFFUSION_MODEL, again)), models.sample(placed))
+
+
+class TestSpan:
+    """A LoRA on the region's own words of the common prompt."""
+
+    PROMPT = "a large red robot on the left and a small blue alien on the right"
+
+    @pytest.fixture(scope="class")
+    def loaded(self):
+        return lab.load("dit")
+
+    def regions(self, loaded, prompt="red robot", name="one", box=(0, 0, 1, 1), **lora):
+        state = models.lora(loaded.model, **lora)
+        return Regions().with_region(Region(name, shapes=(Box(*box),), prompt=prompt)).with_lora(name, Hung("lora", state))
+
+    def put(self, loaded, regions, prompt=PROMPT, **options):
+        given = {"clip": loaded.clip, "prompt": prompt} | options
+        return RegionsApply.execute(loaded.model, encoded(loaded, self.PROMPT), [], regions, "span", **given).result
+
+    def changed_rows(self, loaded, model, layer="txt_in"):
+        """The rows of a layer's output that differ from the plain model's, for each condition of the first step."""
+        outputs = []
+        for one in (model, loaded.model):
+            module = one.model.diffusion_model.get_submodule(layer)
+            handle = module.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+            drawn(one, encoded(loaded, self.PROMPT), encoded(loaded, "a red robot"), cfg=3.0)
+            handle.remove()
+        half = len(outputs) // 2
+        return [set((one != other).any(-1).nonzero().flatten().tolist()) for one, other in zip(outputs[0], outputs[half], strict=True)]
+
+    def test_it_acts_on_those_rows_alone_and_not_on_the_negative(self, loaded):
+        """One prompt is read: start, a, large, red, robot."""
+        model, *_, report = self.put(loaded, self.regions(loaded, only="txt_in"))
+        assert "words 'red robot' (tokens 3-4)" in report
+        assert sorted(self.changed_rows(loaded, model), key=len) == [set(), {3, 4}]
+
+    def test_a_region_without_a_prompt_is_found_by_its_name(self, loaded):
+        assert "words 'blue alien' (tokens 11-12)" in self.put(loaded, self.regions(loaded, "", "blue alien"))[3]
+
+    def test_wherever_they_stand(self, loaded):
+        assert "(tokens 1, 9)" in self.put(loaded, self.regions(loaded, "a"))[3]
+
+    def test_every_word_of_the_prompt_everywhere_is_the_policy_all_on_them(self, loaded):
+        """Where the words are the whole prompt, only what stands before and behind it is left out."""
+        model = self.put(loaded, self.regions(loaded, self.PROMPT, only="txt_in"))[0]
+        count = len(loaded.clip.tokenizer.clip_l.tokenizer(self.PROMPT)["input_ids"])
+        assert max(self.changed_rows(loaded, model), key=len) == set(range(1, count - 1))
+
+    def test_the_picture_differs_from_each_other_policy(self, loaded):
+        regions = self.regions(loaded, "red robot", box=(0, 0, 0.5, 1))
+        pictures = [drawn(self.put(loaded, regions)[0], encoded(loaded, self.PROMPT), encoded(loaded, ""), cfg=4.0)]
+        for text in ("own", "none", "all"):
+            unnamed = self.regions(loaded, "", box=(0, 0, 0.5, 1))
+            pictures.append(drawn(put(loaded.model, unnamed, text=text), encoded(loaded, self.PROMPT), encoded(loaded, ""), cfg=4.0))
+        assert not any(torch.allclose(pictures[0], other, atol=1e-3) for other in pictures[1:])
+
+    def test_no_text_is_added(self, loaded):
+        """The sequence is as long as without regions."""
+        lengths = []
+        for model in (loaded.model, self.put(loaded, self.regions(loaded, box=(0, 0, 0.5, 1)))[0]):
+            module = model.model.diffusion_model.get_submodule("single_blocks.0.linear1")
+            handle = module.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+            drawn(model, encoded(loaded, self.PROMPT), encoded(loaded, ""), cfg=4.0)
+            handle.remove()
+        assert len(set(lengths)) == 1
+
+    def test_in_a_unet_the_region_alone_reads_its_words_through_it(self):
+        """On words whose row is all that has the LoRA: the same rows of the region's own copy of the prompt."""
+        unet = lab.load("unet")
+        regions = self.regions(unet, box=(0, 0, 0.5, 1), only="attn2.to_k")
+        model = self.put(unet, regions)[0]
+        rows = max(self.changed_rows_of_copies(unet, model), key=len)
+        assert rows in ({3, 4}, {77 + 3, 77 + 4})
+
+    def changed_rows_of_copies(self, loaded, model, layer="middle_block.1.transformer_blocks.0.attn2.to_k"):
+        """The rows of keys over two copies of the common prompt that are not those of the plain prompt."""
+        outputs = []
+        for one in (loaded.model, model):
+            module = one.model.diffusion_model.get_submodule(layer)
+            handle = module.register_forward_hook(lambda module, args, output: outputs.append(output.clone()))
+            drawn(one, encoded(loaded, self.PROMPT), encoded(loaded, "a red robot"), cfg=3.0)
+            handle.remove()
+        plain, placed = outputs[0], outputs[-1]
+        twice = torch.cat([plain, plain], 1)
+        assert placed.shape == twice.shape
+        return [set((~torch.isclose(*pair, atol=1e-5)).any(-1).nonzero().flatten().tolist()) for pair in zip(placed, twice, strict=True)]
+
+    @pytest.mark.parametrize(
+        "region, options, told",
+        [
+            ("green robot", {}, "'one', 'green robot', are not in prompt"),
+            ("red robot", {"prompt": " "}, "prompt is empty"),
+            ("red robot", {"clip": None}, "no clip is connected to find words with"),
+            ("red robot", {"prompt": " ".join(["red robot"] * 60)}, "prompt takes 154 tokens, and positive was made from 77"),
+        ],
+    )
+    def test_what_cannot_be_found_stops_the_node(self, loaded, region, options, told):
+        with pytest.raises(RegionsError, match=told):
+            self.put(loaded, self.regions(loaded, region), **options)
+
+    def test_a_region_without_a_lora_reads_its_own_prompt(self, loaded):
+        regions = Regions().with_region(Region("one", shapes=(Box(0, 0, 1, 1),), prompt="a small yellow heart"))
+        model, *_, report = self.put(loaded, regions, prompt="")
+        assert "reads a prompt of its own" in report
+        own = [[encoded(loaded, "a small yellow heart")[0][0], encoded(loaded, self.PROMPT)[0][1]]]  # the pooled prompt is the common one
+        expected = drawn(loaded.model, own, encoded(loaded, ""), cfg=4.0)
+        torch.testing.assert_close(drawn(model, encoded(loaded, self.PROMPT), encoded(loaded, ""), cfg=4.0), expected, **CLOSE)
+
+
+def encoded(loaded, text):
+    context, pooled = loaded.clip.encode_from_tokens(loaded.clip.tokenize(text), return_pooled=True)
+    return [[context, {"pooled_output": pooled}]]

@@ -4,17 +4,26 @@ import asyncio
 import inspect
 import math
 
+import cases
 import comfy.sd
 import models
 import pytest
 import safetensors.torch
+import sampling
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
-from concept_nodes.host import files
+from concept_nodes.host import adapters, files
 from concept_nodes.host.adapters import AdapterError
+from concept_nodes.host.dispatcher import attached
+from concept_nodes.host.regions import Regions, RegionsError
 from concept_nodes.host.window import Window
+from concept_nodes.nodes.regions import MaskedLoRA, RegionLoRA, RegionsApply, RegionSlider
 from concept_nodes.nodes.sliders import Slider
+from concept_nodes.ops.lora import delta_weight
+from concept_nodes.ops.masks import Box
+from concept_nodes.ops.regions import Region
+from concept_nodes.ops.schedule import ScheduleError
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +156,115 @@ class TestValidation:
         files.resolve("loras", file).unlink()
         with pytest.raises(files.MissingFile, match="age"):
             run(plain, file)
+
+
+class TestWhatElseItTakes:
+    def test_layers_of_a_choice_alone(self, plain, file):
+        """Two choices that make up the whole act together as the whole does."""
+        whole = run(plain, file).result[0]
+        part, report = run(plain, file, layers="cross-attention").result
+        assert "left out by the choice 'cross-attention'" in report
+        both = run(part, file, layers="all but cross-attention").result[0]
+        torch.testing.assert_close(models.sample(both), models.sample(whole), rtol=1e-4, atol=1e-3)
+        assert not torch.equal(models.sample(part), models.sample(whole))
+        assert not torch.equal(models.sample(part), models.sample(plain))
+
+    def test_middle_block(self, plain, file):
+        model, report = run(plain, file, layers="middle block").result
+        assert all("middle_block" in name for effect in attached(model) for name in effect.parts)
+        assert "residual" in report
+
+    def test_layers_that_the_file_is_not_on(self, plain, file):
+        with pytest.raises(AdapterError, match=r"nothing for the layers 'double blocks': it is on .*residual"):
+            run(plain, file, layers="double blocks")
+
+    def test_mask_is_that_of_the_masked_lora(self, plain, file):
+        mask = cases.LEFT
+        ours = models.sample(run(plain, file, 0.7, mask=mask).result[0])
+        masked = models.sample(MaskedLoRA.execute(plain, file, 0.7, 0.0, 1.0, mask).result[0])
+        assert torch.equal(ours, masked)
+        assert not torch.equal(ours, models.sample(run(plain, file, 0.7).result[0]))
+
+    def test_empty_mask_does_nothing(self, plain, file):
+        model, report = run(plain, file, mask=torch.zeros(1, 8, 8)).result
+        assert model is plain
+        assert "the mask is empty" in report
+
+    def test_comparable_strengths_do_not_hang_on_the_files_own_size(self, plain):
+        """Two files of one direction, the second three times as large, give one picture."""
+        small = models.lora(plain)
+        large = {key: 3 * tensor if "up" in key or "lora_B" in key else tensor for key, tensor in small.items()}
+        pictures = [models.sample(run(plain, lora=lora, comparable=True).result[0]) for lora in (small, large)]
+        torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-3)
+        effects = [attached(run(plain, lora=lora, comparable=True).result[0])[0] for lora in (small, large)]
+        assert effects[0].strength == pytest.approx(3 * effects[1].strength)
+
+    def test_response_is_what_unit_inputs_make(self, plain):
+        """The root of the mean square of all outputs, by the weights' differences themselves."""
+        placement = adapters.place(plain, models.lora(plain), "test")
+        weights = [delta_weight(one) for part in placement.parts.values() for one in part.factors]
+        squares = sum(float(weight.double().square().sum()) for weight in weights)
+        assert placement.response() == pytest.approx((squares / sum(len(weight) for weight in weights)) ** 0.5, rel=1e-5)
+
+    def test_comparable_factor_is_told(self, plain, file):
+        assert "in comparable units (" in run(plain, file, comparable=True).result[1]
+
+    def test_schedule_is_told_and_multiplies(self, plain, file):
+        model, report = run(plain, file, 2.0, schedule="0:.5").result
+        assert "times 0:0.5 over sampling" in report
+        assert torch.equal(models.sample(model), models.sample(run(plain, file, 1.0).result[0]))
+
+    def test_schedule_that_is_nought_does_nothing(self, plain, file):
+        model, report = run(plain, file, schedule="0:0, 1:0").result
+        assert model is plain
+        assert "the schedule 0:0, 1:0 is 0 throughout" in report
+
+    def test_schedule_that_cannot_be_read(self, plain, file):
+        with pytest.raises(ScheduleError, match="Write share:factor"):
+            run(plain, file, schedule="fast")
+
+    def test_fifty_in_a_row(self, plain):
+        """As many as are wanted, in one pass, each within float error of one of fifty times the strength."""
+        model = plain
+        for _ in range(50):
+            model = run(model, lora=models.lora(plain), strength=0.02).result[0]
+        together = run(plain, lora=models.lora(plain), strength=1.0).result[0]
+        torch.testing.assert_close(models.sample(model), models.sample(together), rtol=1e-3, atol=5e-3)
+        assert sampling.count_calls(model) == sampling.count_calls(plain)
+
+
+class TestRegionSlider:
+    def listed(self):
+        return Regions().with_region(Region("left", shapes=(Box(0, 0, 0.5, 1),)))
+
+    def test_acts_as_the_regions_lora_does(self, plain, file):
+        slid = RegionSlider.execute(self.listed(), "left", file, 0.7, 0.0, 1.0).result[0]
+        lora = RegionLoRA.execute(self.listed(), "left", file, 0.7, 0.0, 0.0, 1.0).result[0]
+        pictures = [models.sample(RegionsApply.execute(plain, [], [], regions).result[0]) for regions in (slid, lora)]
+        assert torch.equal(*pictures)
+        assert not torch.equal(pictures[0], models.sample(plain))
+
+    def test_schedule_layers_and_units_are_told(self, plain, file):
+        regions = RegionSlider.execute(
+            self.listed(), "left", file, 0.7, 0.0, 1.0, schedule="0:0, 1:1", layers="self-attention", comparable=True
+        ).result[0]
+        report = RegionsApply.execute(plain, [], [], regions).result[3]
+        for part in ("in comparable units", "times 0:0, 1:1 over sampling", "left out by the choice 'self-attention'"):
+            assert part in report
+
+    def test_a_schedule_of_noughts_does_nothing(self, plain, file):
+        regions = RegionSlider.execute(self.listed(), "left", file, 0.7, 0.0, 1.0, schedule="0:0").result[0]
+        model, _, _, report = RegionsApply.execute(plain, [], [], regions).result
+        assert model is plain
+        assert "its strength or schedule is 0" in report
+
+    def test_no_file_hangs_nothing(self):
+        listed = self.listed()
+        assert RegionSlider.execute(listed, "left", "none", 1.0, 0.0, 1.0).result[0] == listed
+
+    def test_region_that_is_not_there(self, file):
+        with pytest.raises(RegionsError, match="no region named 'right'. Regions: 'left'"):
+            RegionSlider.execute(self.listed(), "right", file, 1.0, 0.0, 1.0)
 
 
 class TestReport:

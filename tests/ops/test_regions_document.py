@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from hypothesis import given
@@ -175,3 +177,42 @@ class TestMasks:
 
     def test_no_regions(self):
         assert Document().masks(4, 5).shape == (0, 4, 5)
+
+
+SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "regions.schema.json").read_text(encoding="utf-8"))
+
+
+class TestSchema:
+    """docs/regions.schema.json, for editors and scripts: what Python reads is valid, and what it refuses for its form is not."""
+
+    @given(documents)
+    def test_what_is_written_is_valid(self, document):
+        jsonschema.validate(json.loads(dump(document)), SCHEMA)
+
+    def test_the_example_is_valid(self):
+        jsonschema.validate(TWO, SCHEMA)
+
+    @pytest.mark.parametrize(
+        "region",
+        [
+            {"name": " "},
+            {"colour": "red"},
+            {"weight": 1.5},
+            {"rest": True, "shapes": [{"box": [0, 0, 1, 1]}]},
+            {"shapes": [{"box": [0, 0, 1, 0]}]},
+            {"shapes": [{"box": [0, 0, 1, 1], "ellipse": [0, 0, 1, 1]}]},
+            {"shapes": [{"stroke": [0.5, 0]}]},
+            {"shapes": [{"polygon": [0, 0, 1, 1]}]},
+            {"shapes": [{"stroke": [0, 0], "radius": 0}]},
+            {"loras": [{"model": 1}]},
+            {"loras": [{"file": "a", "model": 101}]},
+            {"mood": "blue"},
+        ],
+        ids=str,
+    )
+    def test_what_is_refused_is_not_valid(self, region):
+        document = {"regions": [region]}
+        with pytest.raises(DocumentError):
+            parse(document)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(document, SCHEMA)

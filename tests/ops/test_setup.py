@@ -329,6 +329,19 @@ def test_it_works_from_any_folder_and_in_a_path_with_spaces(tmp_path, arguments,
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["slider", "--size", "sdxl", "--device", "cuda"], "bench slider has no --size; bench regional has."),
+        (["regional", "--size", "flux"], "--size flux times a model of the published size, which needs a GPU: add --device cuda."),
+    ],
+)
+def test_a_size_that_cannot_be_timed_is_told_before_anything_is_set_up(tmp_path, arguments, said):
+    done = run_py("bench", *arguments, CONCEPT_NODES_HOME=str(tmp_path / "home"))
+    assert done.stderr == f"run.py: {said}\n"
+    assert not (tmp_path / "home").exists()
+
+
 # --- a ComfyUI that is the user's own ---------------------------------------------------------------------------------------------
 
 

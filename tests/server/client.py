@@ -13,6 +13,7 @@ import websocket
 Graph = dict[str, dict[str, Any]]
 END_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
 HTTP_TIMEOUT_S = 60
+JPEG = b"\xff\xd8"  # the first bytes of such a file
 
 
 class PromptRefused(Exception):
@@ -55,6 +56,7 @@ class Client:
     def __init__(self, url: str):
         self.url = url
         self.client_id = uuid.uuid4().hex
+        self.previews: list[bytes] = []  # JPEG files, as they came
 
     def __enter__(self) -> "Client":
         self._socket = websocket.create_connection(f"{self.url.replace('http', 'ws', 1)}/ws?clientId={self.client_id}")
@@ -115,6 +117,8 @@ class Client:
         self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
         message = self._socket.recv()
         if not isinstance(message, str):
+            if (begins := message.find(JPEG)) >= 0:
+                self.previews.append(message[begins:])
             return None
         content = json.loads(message)
         return Event(content["type"], content["data"])

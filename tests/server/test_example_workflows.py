@@ -24,7 +24,8 @@ def widget_names(info: dict) -> list[str]:
     names = []
     for group in ("required", "optional"):
         for name, (kind, *options) in info["input"].get(group, {}).items():
-            if isinstance(kind, list) or kind in WIDGET_TYPES:
+            socket = bool(options) and options[0].get("forceInput")
+            if isinstance(kind, list) or (kind in WIDGET_TYPES and not socket):
                 names.append(name)
                 if options and options[0].get("control_after_generate"):
                     names.append(f"{name}.control")

@@ -13,7 +13,7 @@ from graphs import changed, find
 from pack import ROOT
 from pictures import pixels
 
-SHIPPED = "concept_lab/background.safetensors"
+SHIPPED = "concept_lab/sliders/unet/background.safetensors"
 SLIDER = "ConceptNodes_Slider"
 
 

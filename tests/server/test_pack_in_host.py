@@ -1,6 +1,7 @@
 """The pack as the host presents it: loaded without a warning, listed, helped, offered with its templates."""
 
 import re
+import urllib.request
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_host_lists_our_nodes_and_keeps_its_own(client):
 def test_stock_lora_loader_offers_the_shipped_slider(client):
     offered = client.object_info()["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
     names = offered[0] if isinstance(offered[0], list) else offered[1]["options"]
-    assert "concept_lab/background.safetensors" in [name.replace("\\", "/") for name in names]
+    assert "concept_lab/sliders/unet/background.safetensors" in [name.replace("\\", "/") for name in names]
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
@@ -61,4 +62,6 @@ def test_templates_are_the_ui_workflows_only(host):
 
 def test_browser_is_given_our_scripts_once(host):
     ours = [path for path in get_json(f"{host.url}/extensions") if PACK in path]
-    assert ours == [f"/extensions/{PACK}/report.js"]
+    assert sorted(ours) == [f"/extensions/{PACK}/{name}.js" for name in ("canvas", "report")]  # modules of the canvas are no extensions
+    with urllib.request.urlopen(f"{host.url}/extensions/{PACK}/canvas/panel.mjs") as answer:
+        assert answer.headers.get_content_type() in ("text/javascript", "application/javascript")

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from concept_nodes.host import lab
 from concept_nodes.lab.eye import Eye
+from concept_nodes.lab.train_control import UNetControl
 
 from client import PromptRefused
 from graphs import Lab, find
@@ -15,8 +17,9 @@ from pack import ROOT
 from pictures import pixels
 
 ROBOT = "concept_lab/characters/unet/robot.safetensors"
-BACKGROUND, SIZE = "concept_lab/background.safetensors", "concept_lab/size.safetensors"
+BACKGROUND, SIZE = "concept_lab/sliders/unet/background.safetensors", "concept_lab/sliders/unet/size.safetensors"
 LEFT, RIGHT = "a medium red star on the left on a grey background", "a medium blue square on the right on a grey background"
+CONTROL = "small_control_lora.safetensors"
 SEEDS = itertools.count(1000)
 
 
@@ -45,9 +48,17 @@ class Regional(Lab):
             "ConceptNodes_RegionsApply", model=model, positive=self.common, negative=self.empty, regions=regions, clip=self.clip, **given
         )
 
-    def drawn(self, model) -> "Regional":
+    def drawn(self, model, positive=None, negative=None) -> "Regional":
         """Complete, with a picture of `model`."""
-        return self.save(self.sample(model=model, positive=self.common, seed=4))
+        return self.save(self.sample(model=model, positive=positive or self.common, negative=negative, seed=4))
+
+    def controlled(self, strength: float) -> tuple[list, list]:
+        """The common prompts under the ControlNet on a white picture."""
+        net = self.add("ControlNetLoader", control_net_name=CONTROL)
+        image = self.add("EmptyImage", width=64, height=64, batch_size=1, color=0xFFFFFF)
+        conditions = {"positive": self.common, "negative": self.empty, "control_net": net, "image": image}
+        positive = self.add("ControlNetApplyAdvanced", **conditions, strength=strength, start_percent=0.0, end_percent=1.0)
+        return positive, [positive[0], 1]
 
 
 def picture(client, graph) -> np.ndarray:
@@ -56,17 +67,35 @@ def picture(client, graph) -> np.ndarray:
     return pixels(client.pictures(run)[0])
 
 
-class TestBesideOthers:
-    """Two lists in a row, a stock loader before and one after, PAG and FreeU behind them."""
+@pytest.fixture(scope="module")
+def control(host):
+    """A Control-LoRA for the lab's UNet with small random weights: the host's loader reads one of any width."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = UNetControl(lab.build_unet_module()).tensors()
+    state = {
+        key: torch.randn(tensor.shape, generator=generator) * 0.3 * tensor[0].numel() ** -0.5
+        if tensor.ndim > 1
+        else torch.zeros(len(tensor))
+        for key, tensor in tensors.items()
+    }
+    folder = host.base / "models" / "controlnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / CONTROL)
 
-    def stacked(self, before: str, after: str) -> Regional:
+
+@pytest.mark.usefixtures("control")
+class TestBesideOthers:
+    """Two lists in a row, a stock loader before and one after, PAG and FreeU behind them, and a ControlNet on the prompts."""
+
+    def stacked(self, before: str, after: str, strength: float = 1.0) -> Regional:
         graph = Regional()
         model = self.loaded(graph, graph.model, before)
         model = graph.put(model, graph.halves())
         model = graph.put(model, graph.hang(graph.region("slid"), "slid", SIZE))
         model = self.loaded(graph, model, after)
         model = graph.add("PerturbedAttentionGuidance", model=model, scale=1.0)
-        return graph.drawn(graph.add("FreeU_V2", model=model, b1=1.05, b2=1.05, s1=0.95, s2=0.9))
+        model = graph.add("FreeU_V2", model=model, b1=1.05, b2=1.05, s1=0.95, s2=0.9)
+        return graph.drawn(model, *graph.controlled(strength))
 
     def loaded(self, graph, model, name) -> list:
         return graph.add("LoraLoader", model=model, clip=graph.clip, lora_name=name, strength_model=1.0, strength_clip=1.0)
@@ -83,9 +112,15 @@ class TestBesideOthers:
 
     def test_both_lists_act_and_say_so(self, client):
         run = client.run(self.stacked(BACKGROUND, SIZE))
-        first, second = (run.text(node_id) for node_id, node in self.stacked(BACKGROUND, SIZE).items() if "Apply" in node["class_type"])
-        assert "'left': 50% of the picture; text: positive." in first and "'right'" in first
+        first, second = (
+            run.text(node_id) for node_id, node in self.stacked(BACKGROUND, SIZE).items() if "RegionsApply" in node["class_type"]
+        )
+        assert "'left': 50% of the picture; reads a prompt of its own." in first and "'right'" in first
         assert f"'{SIZE}' at 1." in second
+
+    def test_the_controlnet_acts_beside_them(self, client):
+        with_it, without = (picture(client, self.stacked(BACKGROUND, SIZE, strength)).astype(int) for strength in (1.0, 0.0))
+        assert np.abs(with_it - without).max() > 10
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ def test_example_runs_from_queue_to_picture(client, graph):
 def test_reports_are_in_history(client, graph):
     run = client.run(graph)
     report = run.text(find(graph, SLIDER))
-    assert "'concept_lab/background.safetensors' at strength 2, in all steps." in report
+    assert "'concept_lab/sliders/unet/background.safetensors' at strength 2, everywhere, in all steps." in report
     told = run.text(find(graph, REPORT))
     assert told.startswith("20 steps, ")
-    assert "Slider 'concept_lab/background.safetensors' at 2: acted in 20 of 20 steps" in told
+    assert "Slider 'concept_lab/sliders/unet/background.safetensors' at 2: acted in 20 of 20 steps" in told
 
 
 def test_reports_are_in_the_history_of_a_cached_run_too(client, graph):

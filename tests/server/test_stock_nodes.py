@@ -136,7 +136,7 @@ class TestAddedParts:
     def lora(self, host, model) -> str:
         """A LoRA file for this model, in the host's own folder: the shipped slider for the UNet, random factors for the DiT."""
         if model == "unet":
-            return "concept_lab/background.safetensors"
+            return "concept_lab/sliders/unet/background.safetensors"
         generator = torch.Generator().manual_seed(1)
         key, (out_features, in_features) = "diffusion_model.double_blocks.0.img_attn.proj", (DIT_WIDTH, DIT_WIDTH)
         state = {

@@ -1,0 +1,492 @@
+"""What the lab's sliders do to pictures, beside every other way of moving the same thing.
+
+Each shipped slider (five for each lab model) draws one prompt a seed at nine strengths from -2 to 2; the eye reads the pictures. Figures,
+under `<model>_<slider>_`, each over seeds:
+
+    spearman         mean rank correlation of strength and attribute
+    span             attribute at +2 minus at -2, as a share of its range in the scenes
+    seen             share of pictures in which there is anything to measure; the two above leave out seeds with one unseen
+    validity_loss    share of valid pictures at strength 0, minus that at the worst strength
+    position_shift   pixels that the object moves between strength 0 and the ends, from the family's default start on
+    interference     change of all other attributes, as a share of their ranges, where the attribute has moved by a quarter of its range
+    interference_ratio  that, over the best prompt-based arm's; interference_to_published  over the published loop's
+    free_spearman    as spearman, for the training-free embedding form
+    stock_difference largest difference of a latent from the stock loader's
+    control_span     span of a random LoRA of the same layers and norms: small, or the measure has no power
+
+and of five sliders at once, under `<model>_`: `compose5`, the least share of its solo effect that one of them keeps, and how many random
+ones the model bears (`compose_10`, `_20`, `_50`: share of valid pictures).
+
+Prompt-based arms: *weighting* (the pole's word weighted as the host does), *swap* (the pole's prompt for a part of the steps) and
+*interpolation* (between the prompts' embeddings). Trained arms on the UNet: *published loop* (as the released trainer walks), *full rank*
+and *image pairs*. Training-free: *embedding* and *guidance* of Slider from Prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..host import adapters, lab
+from ..host.families import family_of
+from ..host.files import resolve
+from ..lab import sliders
+from ..lab.attributes import RANGES, attribute, others, shift
+from ..lab.eye import Eye
+from ..lab.measure import draw_latents
+from ..lab.scenes import COLOURS, SHAPES, SIZES
+from ..nodes.sliders import Slider, SliderPrompts
+from . import _report, _trainings
+from ._report import Claim, Figure, mean, share
+
+STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+ENDS = [-2.0, 2.0]
+SEEDS, ARM_SEEDS, SAMPLE = 200, 48, 24
+FIRST_SEED = 20_000
+EFFECT = 0.25  # of the range, each way: where arms are compared
+KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"  # sweeps that are done, so that a stopped run goes on
+
+CLAIMS = {
+    "spearman": Claim(low=0.95),
+    "span": Claim(low=0.7),
+    "seen": Claim(low=0.97),
+    "validity_loss": Claim(high=0.03),
+    "position_shift": Claim(high=1.0),
+    "interference_ratio": Claim(high=0.5),
+    "stock_difference": Claim(high=1e-3),
+    "control_span": Claim(high=0.1),
+    "free_spearman": Claim(low=0.9),
+    "interference_to_published": Claim(high=1.0),
+}
+TIMES = {"train_seconds": Claim(high=240), "train_time_ratio": Claim(high=0.5)}
+TRAINED = (0.2, 0.3, 0.4, 0.6, 1.0)  # shares of a workflow's steps
+TIMED = ("size", "background")
+PROMPT_ARMS = ("weighting", "swap", "interpolation")
+PLACES = ("on the left", "on the right", "in the centre", "at the top", "at the bottom")
+GROUNDS = ("black", "dark grey", "light grey", "white")
+
+
+def prompt(slider: str, seed: int) -> str:
+    """The prompt of a seed: it leaves the slider's attribute at its middle, or unsaid."""
+    rng = random.Random(seed)
+    size = "medium" if slider == "size" else rng.choice(SIZES)
+    colour = "cyan" if slider == "hue" else rng.choice(COLOURS)
+    ground = "grey" if slider == "background" else rng.choice(GROUNDS)
+    return f"a {size} {colour} {rng.choice(SHAPES)} {rng.choice(PLACES)} on a {ground} background"
+
+
+# What stands for the attribute in a prompt, what for its two poles: pattern, more, less.
+POLES = {
+    "size": (r"medium", "large", "small"),
+    "hue": (r"cyan", "blue", "green"),
+    "background": (r"\bgrey background", "white background", "black background"),
+    "fill": (r"^a (\w+)", r"a \1 solid", r"a \1 outlined"),
+    "neon": (r"$", ", neon style", ", vintage style"),
+}
+
+
+def pole(slider: str, text: str, more: bool) -> str:
+    """The prompt with more or less of the attribute."""
+    pattern, *words = POLES[slider]
+    return re.sub(pattern, words[not more], text, count=1)
+
+
+class Sweep(NamedTuple):
+    """(seeds, strengths) tensors: attribute (NaN where unseen), valid, changed (of others), moved (pixels)."""
+
+    strengths: list[float]
+    attribute: torch.Tensor
+    valid: torch.Tensor
+    changed: torch.Tensor
+    moved: torch.Tensor
+
+
+Drawer = Callable[[list[str], list[int], float], torch.Tensor]
+
+
+class Bench:
+    """One lab model, its eye, and ways of drawing a prompt at a strength."""
+
+    def __init__(self, name: str):
+        self.name, self.lab, self.eye = name, lab.load(name), Eye.load()
+        self.start = family_of(self.lab.model.model).slider_start
+        own = [lab.WEIGHTS / f"{part}.safetensors" for part in (name, "text", "eye")]
+        self.about = hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=8).hexdigest()
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.lab.vae.decode(part).cpu() for part in latents.split(64)])
+
+    def drawn(self, texts: list[str], seeds: list[int], model=None) -> torch.Tensor:
+        return self.pictures(draw_latents(self.lab, texts, size=64, seeds=seeds, model=model))
+
+    def encode(self, text: str):
+        return self.lab.clip.encode_from_tokens(self.lab.clip.tokenize(text), return_pooled=True)
+
+    def conditioned(self, conditions: list[list], seeds: list[int], model=None) -> torch.Tensor:
+        """Pictures of one conditioning each, all of the same make."""
+        import comfy.sample
+
+        side = 64 // self.lab.vae.spacial_compression_decode()
+        noise = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        latents = comfy.sample.sample(
+            model or self.lab.model, noise, 20, 4.0, "euler", "normal", stacked(conditions), [[*self.conditioning("")]],
+            torch.zeros_like(noise), disable_pbar=True, seed=0,
+        )  # fmt: skip
+        return self.pictures(latents)
+
+    def slider(self, file: str, *, lora=None, start: float = 0.0) -> Drawer:
+        def drawer(texts, seeds, strength):
+            return self.drawn(texts, seeds, Slider.execute(self.lab.model, "none" if lora else file, strength, start, 1.0, lora).result[0])
+
+        return drawer
+
+    def free(self, slider: str, form: str) -> Drawer:
+        """Slider from Prompts, between each prompt's own poles."""
+
+        def slid(text, strength):
+            less, plain, more = ([[*self.conditioning(words)]] for words in (pole(slider, text, False), text, pole(slider, text, True)))
+            return SliderPrompts.execute(self.lab.model, plain, more, less, form, strength, 0.0, 1.0).result[:2]
+
+        def drawer(texts, seeds, strength):
+            made = [slid(text, strength) for text in texts]
+            if form == "embedding":
+                return self.conditioned([positive for _, positive in made], seeds)
+            return torch.cat([self.conditioned([positive], [seed], model) for (model, positive), seed in zip(made, seeds, strict=True)])
+
+        return drawer
+
+    def conditioning(self, text: str, **options):
+        context, pooled = self.encode(text)
+        return context, {"pooled_output": pooled, **options}
+
+    def weighting(self, slider: str) -> Drawer:
+        pattern, *words = POLES[slider]
+
+        def drawer(texts, seeds, strength):
+            if strength:
+                word = words[strength < 0].replace(r"a \1 ", "").strip(", ")
+                put = words[strength < 0].replace(word, f"({word}:{0.5 + abs(strength) / 2:.3f})")
+                texts = [re.sub(pattern, put, text, count=1) for text in texts]
+            return self.drawn(texts, seeds)
+
+        return drawer
+
+    def swap(self, slider: str) -> Drawer:
+        """The plain prompt first, the pole's for the rest: of half of the steps at strength 1, all at 2."""
+
+        def drawer(texts, seeds, strength):
+            till = 1 - abs(strength) / 2
+            conditions = [
+                [
+                    [*self.conditioning(text, start_percent=0.0, end_percent=till)],
+                    [*self.conditioning(pole(slider, text, strength > 0), start_percent=till, end_percent=1.0)],
+                ]
+                if 0 < till < 1
+                else [[*self.conditioning(text if till else pole(slider, text, strength > 0))]]
+                for text in texts
+            ]
+            return self.conditioned(conditions, seeds)
+
+        return drawer
+
+    def interpolation(self, slider: str) -> Drawer:
+        """Between the prompts' embeddings: half way at strength 1, the pole's at 2."""
+
+        def drawer(texts, seeds, strength):
+            conditions = []
+            for text in texts:
+                (plain, pooled), (end, end_pooled) = self.encode(text), self.encode(pole(slider, text, strength > 0))
+                way = abs(strength) / 2
+                conditions.append([[plain + way * (end - plain), {"pooled_output": pooled + way * (end_pooled - pooled)}]])
+            return self.conditioned(conditions, seeds)
+
+        return drawer
+
+    def sweep(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float], of: str = "") -> Sweep:
+        """Draw and read; what was done before with the same weights is taken from the last run. `of`: what else it depends on."""
+        return Sweep(*self.kept([slider, arm, seeds, strengths], of, lambda: tuple(self._swept(slider, arm, drawer, seeds, strengths))))
+
+    def kept(self, what: Any, of: str, make: Callable) -> Any:
+        """What `make` gives, or gave in an earlier run with the same weights: long runs can be stopped and begun again."""
+        key = json.dumps([self.name, self.about, what, of])
+        file = KEPT / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.pt"
+        if not file.exists():
+            made = make()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(made, file)
+        return torch.load(file, weights_only=True)
+
+    def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
+        began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
+        rows: dict[float, tuple] = {}
+        for strength in sorted({0.0, *strengths}, key=abs):
+            pictures = drawer(texts, seeds, strength)
+            rows[strength] = pictures, self.eye.read(pictures)
+        _, plain = rows[0.0]
+        columns = [[], [], [], []]
+        for strength in strengths:
+            pictures, readings = rows[strength]
+            columns[0].append([attribute(slider, *pair) for pair in zip(pictures, readings, strict=True)])
+            columns[1].append([float(reading.valid > 0.5) for reading in readings])
+            columns[2].append([others(slider, *pair) for pair in zip(plain, readings, strict=True)])
+            columns[3].append([shift(*pair) for pair in zip(plain, readings, strict=True)])
+        done = Sweep(strengths, *(torch.tensor(column).T for column in columns))
+        print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
+        return done
+
+
+def stacked(conditions: list[list]) -> list[list]:
+    """One conditioning for a batch of pictures from one each, which have the same number of entries with the same options."""
+    made = []
+    for entries in zip(*conditions, strict=True):
+        pooled = torch.cat([options["pooled_output"] for _, options in entries])
+        made.append([torch.cat([context for context, _ in entries]), {**entries[0][1], "pooled_output": pooled}])
+    return made
+
+
+def spearman(values: torch.Tensor) -> torch.Tensor:
+    """(N, K) values at K rising strengths -> (N,) rank correlations, ties at their middle rank."""
+    less = (values[:, :, None] > values[:, None, :]).sum(-1).double()
+    equal = (values[:, :, None] == values[:, None, :]).sum(-1).double()
+    ranks = less + (equal - 1) / 2
+    steps = torch.arange(values.shape[1], dtype=torch.float64)
+    ranks, steps = ranks - ranks.mean(1, keepdim=True), steps - steps.mean()
+    spread = ranks.norm(dim=1) * steps.norm()
+    return torch.where(spread > 0, (ranks * steps).sum(1) / spread.clamp(min=1e-12), torch.zeros_like(spread))
+
+
+def span(slider: str, values: torch.Tensor) -> torch.Tensor:
+    """(N, strengths) attribute -> (N,) share of the attribute's range that lies between the outermost strengths."""
+    return (values[:, -1] - values[:, 0]) / RANGES[slider]
+
+
+def whole(values: torch.Tensor) -> torch.Tensor:
+    """Seeds that were seen at all strengths."""
+    return values[~values.isnan().any(1)]
+
+
+def at_effect(slider: str, sweep: Sweep, effect: float = EFFECT) -> dict[int, torch.Tensor]:
+    """By the way that the mean attribute goes (1 up, -1 down): (seeds,) change of the other attributes where it has gone so much of its
+    range, between the strengths that were drawn. A way that does not lead so far is left out.
+    """
+    zero = sweep.strengths.index(0.0)
+    moved = (sweep.attribute.nanmean(0) - sweep.attribute[:, zero].nanmean()) / RANGES[slider]
+    found = {}
+    for way, at in ((1, range(zero, len(sweep.strengths))), (-1, range(zero, -1, -1))):
+        for near, far in pairwise(at):
+            if way * moved[far] >= effect > way * moved[near]:
+                part = float((effect - way * moved[near]) / (way * (moved[far] - moved[near])))
+                found[way] = sweep.changed[:, near] + part * (sweep.changed[:, far] - sweep.changed[:, near])
+                break
+    return found
+
+
+def together(found: dict[int, torch.Tensor], ways: Iterable[int]) -> torch.Tensor:
+    """(seeds,) mean over some ways."""
+    return torch.stack([found[way] for way in ways]).mean(0)
+
+
+def best_rival(mine: dict[int, torch.Tensor], rivals: list[dict[int, torch.Tensor]]) -> Figure | None:
+    """Our change of others over that of the rival which changes least, over the ways that both lead; None where no rival leads anywhere."""
+    compared = [(rival, ways) for rival in rivals if (ways := sorted(mine.keys() & rival.keys()))]
+    if not compared:
+        return None
+    rival, ways = min(compared, key=lambda pair: float(together(*pair).mean()))
+    return ratio(together(mine, ways), together(rival, ways))
+
+
+def ratio(above: torch.Tensor, below: torch.Tensor, resamples: int = 2000) -> Figure:
+    """Of two means, with a bootstrap interval over each one's seeds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def means(values):
+        return values[torch.randint(len(values), (resamples, len(values)), generator=generator)].mean(1)
+
+    drawn = means(above.double()) / means(below.double()).clamp(min=1e-9)
+    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(float(above.double().mean() / below.double().mean()), low, high, len(above))
+
+
+def random_twin(state: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:
+    """A LoRA of the same layers and norms pointing nowhere in particular."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(tensor):
+        drawn = torch.randn(tensor.shape, generator=generator)
+        return drawn * tensor.float().norm() / drawn.norm()
+
+    return {key: tensor if key.endswith("alpha") else like(tensor) for key, tensor in state.items()}
+
+
+def stock_differences(lab_model, texts: list[str], file: str, seeds: list[int]) -> torch.Tensor:
+    """(seeds,) largest absolute difference of a latent, Slider against the stock loader, over four strengths."""
+    import comfy.sd
+    import comfy.utils
+
+    state = comfy.utils.load_torch_file(str(resolve("loras", file)), safe_load=True)
+    differences = []
+    for strength in (-2.0, -0.5, 1.0, 2.0):
+        ours = Slider.execute(lab_model.model, file, strength, 0.0, 1.0).result[0]
+        theirs, _ = comfy.sd.load_lora_for_models(lab_model.model, None, state, strength, 0.0)
+        pair = [draw_latents(lab_model, texts, size=64, seeds=seeds, model=model) for model in (ours, theirs)]
+        differences.append((pair[0] - pair[1]).abs().flatten(1).amax(1))
+    return torch.stack(differences).amax(0)
+
+
+def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
+    """One arm's course: mean attribute, where seen, validity and change of others at each strength; and the change at equal effect."""
+    return {
+        "model": model,
+        "slider": slider,
+        "arm": name,
+        "n": len(sweep.valid),
+        "strength": sweep.strengths,
+        "attribute": [round(value, 4) for value in sweep.attribute.nanmean(0).tolist()],
+        "valid": [round(value, 4) for value in sweep.valid.mean(0).tolist()],
+        "changed": [round(value, 4) for value in sweep.changed.mean(0).tolist()],
+        "interference": {way: round(float(changed.mean()), 4) for way, changed in at_effect(slider, sweep).items()},
+        "spearman": round(float(spearman(whole(sweep.attribute)).mean()), 4) if len(whole(sweep.attribute)) else None,
+    }
+
+
+def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -> tuple[dict[str, Figure], list[dict]]:
+    """The figures of one slider, and what each arm did."""
+    file = sliders.file_of(bench.name, slider)
+    state = adapters.read(resolve("loras", file))
+    of = hashlib.blake2b(Path(resolve("loras", file)).read_bytes(), digest_size=8).hexdigest()
+    ours = bench.sweep(slider, "ours", bench.slider(file), seeds, STRENGTHS, of)
+    figures = {
+        "spearman": mean(spearman(whole(ours.attribute))),
+        "span": mean(span(slider, whole(ours.attribute))),
+        "seen": share(~ours.attribute.isnan().flatten()),
+    }
+    arms = [arm(bench.name, slider, "ours", ours)]
+    if full:
+        few = seeds[:ARM_SEEDS]
+        lost = ours.valid[:, [STRENGTHS.index(0.0)]] - ours.valid
+        figures["validity_loss"] = mean(lost[:, int(lost.mean(0).argmax())])
+        late = bench.sweep(slider, "ours, late", bench.slider(file, start=bench.start), few, [-2.0, 0.0, 2.0], of)
+        moved = late.moved[:, [0, 2]].flatten()
+        figures["position_shift"] = mean(moved[~moved.isnan()])
+        figures["stock_difference"] = mean(stock_differences(bench.lab, [prompt(slider, seed) for seed in few[:8]], file, few[:8]))
+        twin = bench.sweep(slider, "random LoRA of equal norms", bench.slider("", lora=random_twin(state)), few, [-2.0, 0.0, 2.0], of)
+        figures["control_span"] = mean(span(slider, whole(twin.attribute)).abs())
+        arms.append(arm(bench.name, slider, "random LoRA of equal norms", twin))
+        sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), few, STRENGTHS) for name in PROMPT_ARMS}
+        sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), few, STRENGTHS) for form in ("embedding", "guidance")}
+        arms += [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
+        for name, way in _trainings.WAYS.items() if bench.name == "unet" and slider != "neon" else ():
+            lora, seconds = bench.kept(f"{slider} {name}", of, lambda way=way: way(bench.name, slider))
+            sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
+            arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
+        mine = at_effect(slider, ours)
+        if mine:
+            figures["interference"] = mean(together(mine, mine))
+        if compared := best_rival(mine, [at_effect(slider, sweeps[name]) for name in PROMPT_ARMS]):
+            figures["interference_ratio"] = compared
+        if "published loop" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["published loop"])])):
+            figures["interference_to_published"] = compared
+        figures["free_spearman"] = mean(spearman(whole(sweeps["embedding"].attribute)))
+    return {f"{bench.name}_{slider}_{key}": figure for key, figure in figures.items()}, arms
+
+
+def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """Seconds that the slider's workflow trains, and how long it trains until it has the published loop's effect, over that loop's time:
+    the first of TRAINED steps whose span between -1 and 1 is no smaller.
+    """
+    of = json.dumps(sliders.settings(sliders.workflow(bench.name, slider)))
+    told, spans, took = [], {}, {}
+    steps = sliders.settings(sliders.workflow(bench.name, slider))["steps"]
+    ways = {"published loop": lambda: _trainings.released(bench.name, slider)} | {
+        f"ours, {share:.0%}": lambda share=share: _trainings.trained(sliders.workflow(bench.name, slider), steps=round(steps * share))
+        for share in TRAINED
+    }
+    for name, way in ways.items():
+        lora, took[name] = bench.kept([f"time of {slider}", name], of, way)
+        sweep = bench.sweep(slider, f"time, {name}", bench.slider("", lora=lora), seeds, [-1.0, 0.0, 1.0], of)
+        spans[name] = float(span(slider, whole(sweep.attribute)).mean())
+        told.append({"model": bench.name, "slider": slider, "arm": name, "seconds": round(took[name], 1), "span_1": round(spans[name], 4)})
+        if name != "published loop" and spans[name] >= spans["published loop"]:
+            break
+    alone = {"train_time_ratio": took[name] / took["published loop"], "train_seconds": took[name] / float(TRAINED[len(took) - 2])}
+    return {f"{bench.name}_{slider}_{key}": Figure(value, value, value, 1) for key, value in alone.items()}, told
+
+
+def composed(bench: Bench, names: list[str], seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """What sliders keep of their solo effect when all are on, each at +1 or -1; and how many random ones the model bears."""
+    signs = {name: 1.0 if at % 2 else -1.0 for at, name in enumerate(names)}
+    texts = [prompt("size", seed).replace("grey background", "background") for seed in seeds]
+    texts = [re.sub(r"on a .* background", "on a grey background", re.sub("|".join(COLOURS), "cyan", text)) for text in texts]
+
+    def read(model, name):
+        pictures = bench.drawn(texts, seeds, model)
+        return torch.tensor([attribute(name, *pair) for pair in zip(pictures, bench.eye.read(pictures), strict=True)])
+
+    def put(model, name):
+        return Slider.execute(model, sliders.file_of(bench.name, name), signs[name], 0.0, 1.0).result[0]
+
+    everything = bench.lab.model
+    for name in names:
+        everything = put(everything, name)
+    kept = {}
+    for name in names:
+        plain, solo, both = (read(model, name) for model in (bench.lab.model, put(bench.lab.model, name), everything))
+        seen = ~(plain.isnan() | solo.isnan() | both.isnan())
+        kept[name] = ratio(signs[name] * (both - plain)[seen], signs[name] * (solo - plain)[seen])
+    figures = {"compose5": min(kept.values(), key=lambda figure: figure.value)}
+    state = adapters.read(resolve("loras", sliders.file_of(bench.name, names[0])))
+    for count in (10, 20, 50):
+        model = bench.lab.model
+        for number in range(count):
+            model = Slider.execute(model, "none", 1.0, 0.0, 1.0, random_twin(state, 100 + number)).result[0]
+        readings = bench.eye.read(bench.drawn(texts, seeds, model))
+        figures[f"compose_{count}"] = share([reading.valid > 0.5 for reading in readings])
+    told = [{"model": bench.name, "arm": "five at once", "slider": name, "kept": round(figure.value, 4)} for name, figure in kept.items()]
+    return {f"{bench.name}_{key}": figure for key, figure in figures.items()}, told
+
+
+def _measure(sample: bool):
+    seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
+    figures: dict[str, Figure] = {}
+    arms: list[dict] = []
+    chosen = [(model, name) for model in lab.MODELS for name in sliders.shipped(model)]
+    if sample:
+        chosen = random.SystemRandom().sample(chosen, 2)
+        seeds = sorted(random.SystemRandom().sample(seeds, SAMPLE))
+    with torch.inference_mode():
+        for model in dict.fromkeys(model for model, _ in chosen):
+            bench, names = Bench(model), [name for of, name in chosen if of == model]
+            for name in names:
+                found, courses = measure_slider(bench, name, seeds, full=not sample)
+                figures |= found
+                arms += courses
+                if not sample and model == "unet" and name in TIMED:
+                    found, told = training_time(bench, name, seeds[:ARM_SEEDS])
+                    figures |= found
+                    arms += told
+            if not sample and len(names) > 1:
+                found, told = composed(bench, names, seeds[:ARM_SEEDS])
+                figures |= found
+                arms += told
+    return figures, arms
+
+
+def claims() -> dict[str, Claim]:
+    """What is claimed of every shipped slider, by the figure's name."""
+    made = {f"{model}_{slider}_{key}": claim for model in lab.MODELS for slider in sliders.shipped(model) for key, claim in CLAIMS.items()}
+    made |= {f"unet_{slider}_{key}": claim for slider in TIMED for key, claim in TIMES.items() if slider in sliders.shipped("unet")}
+    return made | {f"{model}_compose5": Claim(low=0.8) for model in lab.MODELS if len(sliders.shipped(model)) > 1}
+
+
+def main(argv: list[str]) -> int:
+    lab.show_files()
+    return _report.run("sliders", argv, _measure, claims())
