@@ -43,11 +43,16 @@ class ReleasedWays(slider_training.Ways):
 
 
 class ReleasedObjective(slider_training.TextObjective):
-    """The published objective on `ReleasedWays`."""
+    """The published objective on `ReleasedWays`, which walk by themselves."""
+
+    WALKS = False
 
     def __init__(self, trainee, entries, empty, ways, *, eta, strengths=(1.0,)):
         super().__init__(trainee, entries, empty, ways, eta=eta, strengths=strengths)
         self.ways = ReleasedWays(trainee, len(entries), len(ways.x), ways.size, ways.seed, walked=self.walked)
+
+    def done(self, step: int) -> None:
+        self.ways.walk(None, step)
 
     @torch.no_grad()
     def walked(self, ways) -> torch.Tensor:
@@ -90,7 +95,9 @@ def released(model: str, slider: str, **changes: Any) -> tuple[dict[str, torch.T
 
 
 def full_rank(model: str, slider: str) -> tuple[dict[str, torch.Tensor], float]:
-    """Matrices of the layers' whole rank in the slider's place: a fine-tune of the same layers. A lower rate, for there is more to move."""
+    """Matrices of rank 256, or a layer's smaller side, in the slider's place: nearly a fine-tune of its layers. A lower rate, for there
+    is more to move.
+    """
     rate = sliders.settings(sliders.workflow(model, slider))["learning_rate"]
     return trained(sliders.workflow(model, slider), rank=256, alpha=256.0, learning_rate=rate / 10)
 

@@ -34,12 +34,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import comfy.model_management
 import comfy.samplers
-import latent_preview
 import numpy as np
 import torch
 import torch.nn.functional as F
+from latent_preview import Latent2RGBPreviewer
 
 from .sheet import lay_out
 from .training import Memory, Objective, Trainee
@@ -119,6 +118,8 @@ def condition(trainee: Trainee, texts: Sequence[Text], like: torch.Tensor) -> di
 class TextObjective(Objective):
     """From prompts."""
 
+    WALKS = True  # by its own predictions
+
     def __init__(
         self, trainee: Trainee, entries: Sequence[Entry], empty: Text, ways: Ways, *, eta: float, strengths: Sequence[float] = (1.0,)
     ):
@@ -139,7 +140,7 @@ class TextObjective(Objective):
         target = condition(trainee, [entry.target for entry in chosen], x)
 
         def loss(strength: float) -> torch.Tensor:
-            walks = strength == self.strengths[0]
+            walks = self.WALKS and strength == self.strengths[0]
             if walks:  # before there is anything to keep for a gradient
                 with torch.no_grad():
                     plain = trainee.predict(x, sigma, condition(trainee, [self.empty] * len(x), x), strength)
@@ -222,21 +223,22 @@ class ImageObjective(Objective):
 
 
 def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Latents (1, channels, height, width) -> a picture (1, h, w, 3) in 0..1: by the autoencoder, or in the latent's colours as the host
-    previews them; None where the host is told to preview nothing.
+    """Latents (1, channels, height, width) of the model's scale -> a picture (1, h, w, 3) in 0..1: by the autoencoder, or in the latent's
+    colours by the host's table; None where the format has none.
     """
     if vae is not None:
 
         def decode(latent: torch.Tensor) -> torch.Tensor:
-            picture = vae.decode(latent)
-            # The autoencoder may have pushed the model out.
-            comfy.model_management.load_models_gpu([trainee.patcher], force_full_load=True)
+            picture = vae.decode(trainee.model.process_latent_out(latent))
+            trainee.load()  # the autoencoder may have pushed the model out
             return picture.float().clamp(0, 1).cpu()
 
         return decode
-    previewer = latent_preview.get_previewer(trainee.device, trainee.model.latent_format)
-    if previewer is None:
+    latent_format = trainee.model.latent_format
+    if latent_format.latent_rgb_factors is None:
         return None
+    colours = latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias, latent_format.latent_rgb_factors_reshape
+    previewer = Latent2RGBPreviewer(*colours)
 
     def rough(latent: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.asarray(previewer.decode_latent_to_preview(latent)).astype(np.float32) / 255)[None]
@@ -247,7 +249,7 @@ def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | N
 class Preview:
     """Three pictures of one prompt and noise at strengths -1, 0 and 1, as the training has it so far.
 
-    decode  latents (1, channels, height, width) of the host's kind -> a picture (1, h, w, 3) in 0..1
+    decode  as `decoder` makes it
     """
 
     STRENGTHS = (-1.0, 0.0, 1.0)
@@ -261,7 +263,7 @@ class Preview:
     def page(self, title: str) -> torch.Tensor:
         """(1, height, width, 3) in 0..1."""
         with torch.no_grad():
-            pictures = [self.decode(self.trainee.model.process_latent_out(self._sampled(strength))) for strength in self.STRENGTHS]
+            pictures = [self.decode(self._sampled(strength)) for strength in self.STRENGTHS]
         return lay_out(pictures, [f"{strength:+g}" if strength else "0" for strength in self.STRENGTHS], title, PREVIEW_SIDE, 0).page
 
     def _sampled(self, strength: float) -> torch.Tensor:

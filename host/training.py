@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +35,7 @@ LOST = 20.0  # times the loss that training began with: past that it diverges
 GOOD_EVERY = 25  # steps between states that a diverging training goes back to
 CHECKED = 20  # losses that are compared with those it began with
 CLIP_NORM = 1.0
+ALL_THERE_IS = 1e20  # bytes
 SCALE = 4096.0  # of losses while they are differentiated: models that compute in float16 would lose their small gradients
 
 
@@ -102,7 +103,7 @@ class Trainee:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_in_training())
-            comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+            self.load()
             self.model = self.patcher.model
             self.device = self.patcher.load_device
             self.model.requires_grad_(False)
@@ -116,14 +117,16 @@ class Trainee:
                 raise TrainingError(f"None of this model's layers ({self.family.name}) can be trained with these settings.")
             for name, layer in layers:
                 adapter = self.adapters[name] = Adapter(layer, self.rank, self.alpha, generator).to(self.device)
-                layer.forward = self._forward(adapter)
-                stack.callback(vars(layer).pop, "forward", None)
+                _replace_forward(layer, self._forward(adapter), stack)
             self.blocks = [module for module in self.model.modules() if type(module).__name__ in self.family.blocks]
             for block in self.blocks:
-                block.forward = self._recomputed(block.forward)
-                stack.callback(vars(block).pop, "forward", None)
+                _replace_forward(block, self._recomputed(block.forward), stack)
             self._stack = stack.pop_all()
         return self
+
+    def load(self) -> None:
+        """The whole model on its device, and as little else as the host can do with: what a step takes, it does not ask the host for."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=ALL_THERE_IS, force_full_load=True)
 
     def __exit__(self, *_) -> None:
         self._stack.close()
@@ -171,26 +174,26 @@ class Trainee:
 
         tensors = {name: value for name, value in condition.items() if isinstance(value, torch.Tensor)}
         rest = {name: value for name, value in condition.items() if name not in tensors}
-        with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+        peak = None
+        # A layer that shapes alone do not tell of (the host attends piece by piece where memory is short; quantised and custom operations)
+        # leaves the estimate out, and must not keep anybody from training.
+        with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as shapes:
             # A weight's stand-in lives only as long as something holds it.
             alive = [shapes.from_tensor(parameter) for parameter in [*self.model.parameters(), *self.parameters()]]
             x, sigma = shapes.from_tensor(x), shapes.from_tensor(sigma)
             tensors = {name: shapes.from_tensor(value) for name, value in tensors.items()}
-            with contextlib.suppress(DataDependentOutputException), _Counted([*alive, x, sigma, *tensors.values()]) as counted:
-                # Where memory is so short that the host attends piece by piece, it asks numbers of tensors that have none here.
-                known = False
+            with _Counted([*alive, x, sigma, *tensors.values()]) as counted:
                 wanted = x
                 if ahead:
                     with torch.no_grad():
                         given = {name: many(value) for name, value in tensors.items()} | rest
                         wanted = self.predict(many(x), many(sigma), given, 0.0)[: len(x)]
                 nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
-                known = True
-            del alive
+            peak = counted.peak
         for parameter in self.parameters():
             parameter.grad = None
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), counted.peak if known else None)
+        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), peak)
 
     def fit(self, memory: Callable[[], Memory]) -> str:
         """Become thrifty where the memory that is free asks for it, and say what a training takes."""
@@ -338,12 +341,13 @@ class Loop:
                     if parameter.grad is not None:
                         parameter.grad.div_(SCALE)
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
-                self.losses.append(total)
                 sudden = not (math.isfinite(total) and bool(norm.isfinite()))
+                if not sudden:
+                    self.optimizer.step()
+                self.losses.append(total)  # a step counts once it is done: memory may run out in it
                 if sudden or self._diverged():
                     told.append(self._go_back(1 if sudden else CHECKED))
                     break
-                self.optimizer.step()
                 if (step + 1) % GOOD_EVERY == 0:
                     self.good = [self.good[-1], (step + 1, self._copies())]
                 objective.done(step)
@@ -372,7 +376,7 @@ class Loop:
         )
 
     def _copies(self) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters]
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     def _save(self, objective: Objective) -> None:
         if self.file is None or not self.losses:
@@ -399,7 +403,9 @@ class Loop:
                 kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except (OSError, SafetensorError):  # cut short or not ours: begin anew
             return
-        if told.get("identity") != self.identity:
+        numbers = range(len(self.parameters))
+        whole = all(f"{key}.{number}" in kept for key in ("parameter", "step", "exp_avg", "exp_avg_sq") for number in numbers)
+        if told.get("identity") != self.identity or not whole:
             return
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):
@@ -455,16 +461,18 @@ def _in_training() -> Iterator[None]:
 
 
 def _trainable(patcher):
-    """A patcher whose weights can be in a graph of gradients: a clone, or a copy from its file where they were made in inference mode."""
+    """A patcher whose weights can be in a graph of gradients: a clone, or a copy from its file where they were made in inference mode or
+    are loaded layer by layer in each forward, which keeps what one forward made for the next.
+    """
     with torch.inference_mode(False):
-        if not any(parameter.is_inference() for parameter in patcher.model.parameters()):
+        if not patcher.is_dynamic() and not any(parameter.is_inference() for parameter in patcher.model.parameters()):
             return patcher.clone()
         if patcher.cached_patcher_init is None:
             raise TrainingError(
                 "This model was loaded by a node that does not say how to load it again, which training needs. Load it with one of the "
                 "host's own loaders."
             )
-        return patcher.clone(force_deepcopy=True)
+        return patcher.clone(disable_dynamic=True, force_deepcopy=True)
 
 
 def _amount(size: int) -> str:
@@ -473,6 +481,13 @@ def _amount(size: int) -> str:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _replace_forward(module: nn.Module, forward: Callable, stack: contextlib.ExitStack) -> None:
+    """Until the stack is left; what another extension put there comes back."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    stack.callback(vars(module).pop, "forward") if own is None else stack.callback(setattr, module, "forward", own)
 
 
 def _adaptable(layer: nn.Module) -> bool:

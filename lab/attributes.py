@@ -28,14 +28,14 @@ RANGES = {
     "hue": HUES["blue"] - HUES["green"],
     "fill": 2 * SURE,
     "background": BACKGROUND_RANGES[-1][1] - BACKGROUND_RANGES[0][0],
-    "neon": 2 * SURE,
+    "neon": 8.0,  # as the eye reads drawn scenes
 }
 MEASURES = {
     "size": "diameter in pixels",
     "hue": "hue in degrees, 127 green to 232 blue",
     "fill": "solid 6 to outlined -6, log-odds",
     "background": "background lightness, 0 to 1",
-    "neon": "neon 6 to vintage -6, log-odds",
+    "neon": "neon 4 to vintage -4, log-odds",
 }
 
 

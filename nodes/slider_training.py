@@ -54,8 +54,8 @@ def file_inputs() -> list:
             min=0,
             max=1000,
             optional=True,
-            tooltip="How often, while it trains, the node shows one picture at strengths -1, 0 and 1. Each takes about as long as three "
-            "steps. Neutral: 0, none.",
+            tooltip="How often, while it trains, the node shows one picture at strengths -1, 0 and 1. Each takes about as long as two "
+            "steps of 4. Neutral: 0, none.",
         ),
     ]
 
@@ -115,7 +115,9 @@ class SliderTrainText(io.ComfyNode):
                 io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures that it is trained on."),
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Their height."),
                 *file_inputs(),
-                io.Vae.Input("vae", optional=True, tooltip="Draws the previews. Neutral: not connected, they show the latent's colours."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Draws the previews. Neutral: not connected, they are rough, in the latent's colours."
+                ),
             ],
             outputs=training_outputs(),
             is_output_node=True,
@@ -133,6 +135,7 @@ class SliderTrainText(io.ComfyNode):
         entries, empty = [Entry(*map(encode, row)) for row in rows], encode("")
         if len({text.context.shape for text in encode.read.values()}) > 1:
             raise TrainingError("The prompts take windows of unlike lengths. Make the longest ones shorter.")
+        check_vae(model, vae)
         down = model.model.latent_format.spacial_downscale_ratio
         size = height // down, width // down
 
@@ -207,12 +210,9 @@ class SliderTrainImages(io.ComfyNode):
         stem, encode = checked_stem(name), _encoder(clip)
         if objective == DIFFERENCE and eta == 0:
             raise TrainingError("eta is 0, so there is nothing to learn. Set it to 0.5 or more.")
-        down, channels = model.model.latent_format.spacial_downscale_ratio, model.model.latent_format.latent_channels
+        check_vae(model, vae)
+        down = model.model.latent_format.spacial_downscale_ratio
         pairs = [tuple(vae.encode(picture[None]) for picture in pair) for pair in picture_pairs(before, after, down)]
-        if pairs[0][0].shape[1] != channels:
-            raise TrainingError(
-                f"The vae's latents have {pairs[0][0].shape[1]} channels and the model's {channels}. Connect the model's own vae."
-            )
         pairs = [(less[0].clone(), more[0].clone()) for less, more in pairs]
         text = encode(prompt)
 
@@ -247,6 +247,15 @@ class Watched(NamedTuple):
     size: tuple[int, int]
     times: int
     vae: Any
+
+
+def check_vae(model, vae) -> None:
+    """Raises TrainingError where an autoencoder is not of the model's kind."""
+    channels = model.model.latent_format.latent_channels
+    if vae is not None and vae.latent_channels != channels:
+        raise TrainingError(
+            f"The vae's latents have {vae.latent_channels} channels and the model's {channels}. Connect the model's own vae."
+        )
 
 
 def picture_pairs(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], multiple: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -332,7 +341,9 @@ def trained(
     UnsupportedFamily.
     """
     empty = encode("")
-    identity = identity_of(model, {**asked, **settings._asdict()}, [text.context for text in encode.read.values()] + [*seen])
+    identity = identity_of(
+        model, {**asked, **settings._asdict()}, [part for text in encode.read.values() for part in text if part is not None] + [*seen]
+    )
     bar = comfy.utils.ProgressBar(settings.steps)
     with Trainee(model, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as trainee:
         objective = begin(trainee)
@@ -342,11 +353,10 @@ def trained(
         loop = Loop(trainee.parameters(), steps=settings.steps, rate=settings.learning_rate, identity=identity, file=file)
         decode = decoder(trainee, watched.vae) if watched.times else None
         preview = Preview(trainee, watched.text, empty, watched.size, decode, settings.seed) if decode else None
-        every = max(1, settings.steps // max(1, watched.times))
 
         def each(step: int) -> None:
             shown = None
-            if preview is not None and (step + 1) % every == 0:
+            if preview is not None and (step + 1) * watched.times // settings.steps > step * watched.times // settings.steps:
                 page = preview.page(f"step {step + 1} of {settings.steps}")[0]
                 picture = Image.fromarray((page * 255).round().to(torch.uint8).numpy())
                 shown = "JPEG", picture, max(picture.size)

@@ -14,7 +14,6 @@ from torch import nn
 
 import nodes
 from concept_nodes.host import adapters
-from concept_nodes.host.families import family_of
 from concept_nodes.host.slider_training import Entry, Text, TextObjective
 from concept_nodes.host.training import Adapter, Loop, published_names
 from concept_nodes.nodes.sliders import SliderPrompts
@@ -160,4 +159,3 @@ def test_guidance_on_normal_pictures_draws_the_moved_normal(kind):
         assert float((there - reached * way).std()) == pytest.approx(float(plain.std()), rel=1e-2)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(there, plain, rtol=1e-2, atol=1e-2)
-    assert family_of(model.model)

@@ -1,15 +1,18 @@
 """Training in the graph: gradients, resuming, going back, and that nothing of it stays on the model."""
 
+import contextlib
 from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import models
 import pytest
+import safetensors.torch
 import torch
 
 from concept_nodes.host import lab
-from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways
+from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
 from concept_nodes.host.training import Loop, Memory, Trainee, TrainingError, _Counted, identity_of, published_names
 from concept_nodes.nodes import slider_training as node
 from concept_nodes.nodes.sliders import Slider
@@ -358,6 +361,47 @@ class TestLoop:
             monkeypatch.setattr(comfy.model_management, "get_free_memory", free(1))
             assert "as much as is free for a step" in learner.fit(objective.memory)
 
+    def test_memory_that_runs_out_in_the_first_step_leaves_nothing_to_resume(self, model, tmp_path, monkeypatch):
+        """What is not whole is not kept, and what is not whole is not read."""
+        file = tmp_path / "state"
+        with trainee(model) as learner:
+            objective, loop = begun(learner, model, file=file)
+
+            def full(*_):
+                raise MemoryError
+
+            monkeypatch.setattr(loop.optimizer, "step", full)
+            with pytest.raises(MemoryError):
+                run(objective, loop)
+            assert loop.losses == []
+            assert not file.exists()
+        safetensors.torch.save_file({"parameter.0": torch.ones(1)}, file, metadata={"identity": "test", "losses": "[1.0]"})
+        with trainee(model) as learner:
+            assert run(*begun(learner, model, steps=1, file=file)).told == []
+
+    def test_forwards_of_others_come_back(self, model):
+        layer = next(module for name, module in model.model.named_modules() if name.endswith("attn1.to_q"))
+        theirs = lambda x: x  # noqa: E731
+        layer.forward = theirs
+        try:
+            with trainee(model):
+                assert layer.forward is not theirs
+            assert layer.forward is theirs
+        finally:
+            del layer.forward
+
+    @pytest.mark.parametrize("kind", list(models.KINDS))
+    def test_rough_previews_keep_within_the_latents_colours(self, kind):
+        """Latents of the model's own scale fill the range of colours, and do not run over it."""
+        model = models.build(kind)
+        with trainee(model) as learner:
+            decode = decoder(learner, None)
+            channels = learner.model.latent_format.latent_channels
+            picture = decode(torch.randn(1, channels, 8, 10, generator=torch.Generator().manual_seed(0)))
+        assert picture.shape == (1, 8, 10, 3)
+        assert float(((picture == 0) | (picture == 1)).float().mean()) < 0.3
+        assert float(picture.std()) > 0.05
+
     def test_no_layer_to_train(self, model):
         with pytest.raises(TrainingError, match="None of this model's layers"), Trainee(model, "nowhere", rank=2, alpha=1.0, seed=1):
             pass
@@ -371,6 +415,26 @@ def test_models_without_gradients_are_refused_by_reason(config):
     model.model.model_config = getattr(comfy.supported_models, config)({})
     with pytest.raises(TrainingError, match=f"{config}.*has no gradient"):
         Trainee(model, rank=2, alpha=1.0, seed=1)
+
+
+@pytest.fixture
+def stopped():
+    """A context in which a training is cancelled after so many steps, as the host's own hook for progress sees them."""
+
+    @contextlib.contextmanager
+    def at(steps):
+        def hook(value, total, preview, **_):
+            if value >= steps:
+                raise comfy.model_management.InterruptProcessingException()
+
+        before = comfy.utils.PROGRESS_BAR_HOOK
+        comfy.utils.set_progress_bar_global_hook(hook)
+        try:
+            yield
+        finally:
+            comfy.utils.set_progress_bar_global_hook(before)
+
+    return at
 
 
 class TestPrompts:
@@ -481,6 +545,13 @@ class TestNode:
         first, *others = (self.execute(previews=times, vae=given)[1].result[0] for times, given in ((0, None), (3, None), (2, vae)))
         assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
+    def test_an_autoencoder_of_another_kind_is_refused_before_it_begins(self, places):
+        with torch.inference_mode():
+            vae = lab.load_vae("vae")
+        vae.latent_channels = 16
+        with pytest.raises(TrainingError, match="The vae's latents have 16 channels and the model's 4"):
+            self.execute(vae=vae)
+
     @pytest.mark.parametrize("objective", ["both poles", "erase", "ablate"])
     def test_objectives(self, places, objective):
         """The largest seed among them."""
@@ -491,18 +562,20 @@ class TestImageNode(TestNode):
     """The same laws, from pairs of pictures."""
 
     test_objectives = None
+    PICTURES = (
+        torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1)),
+        torch.rand(1, 67, 96, 3, generator=torch.Generator().manual_seed(2)),
+    )
 
     def execute(self, **changes):
         with torch.inference_mode():
             model, clip, vae = lab.load_model("unet"), lab.load_clip(), lab.load_vae("vae")
-        generator = torch.Generator().manual_seed(1)
         given = dict(
-            before=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
-            after=[torch.rand(2, 64, 64, 3, generator=generator), torch.rand(1, 67, 96, 3, generator=generator)],
+            before=list(self.PICTURES), after=[picture.flip(0, 1) for picture in self.PICTURES],
             prompt="", objective="difference", eta=0.5,
             steps=3, batch=2, learning_rate=1e-3, rank=4, alpha=1.0, seed=3, name="light", previews=0,
         )  # fmt: skip
-        changes.pop("vae", None)
+        vae = changes.pop("vae", None) or vae
         given |= changes
         with torch.inference_mode():
             listed = {key: value if key in ("before", "after") else [value] for key, value in given.items()}
@@ -516,8 +589,14 @@ class TestImageNode(TestNode):
             assert part in report
         assert Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0] is not model
 
-    def test_another_picture_is_another_training(self, places):
-        """A checkpoint of other pictures is not taken up."""
+    def test_another_picture_is_another_training(self, places, stopped):
+        """A checkpoint of other pictures is not taken up; one of the same is."""
+        with stopped(2), pytest.raises(comfy.model_management.InterruptProcessingException):
+            self.execute()
+        assert "Resumed" not in self.execute(after=[1 - picture for picture in self.PICTURES])[1].result[3]
+        assert "Resumed at step" in self.execute()[1].result[3]
+
+    def test_other_pictures_give_another_slider(self, places):
         given = {"before": [torch.zeros(1, 64, 64, 3)], "after": [torch.ones(1, 64, 64, 3)]}
         assert not torch.equal(
             self.lora(**given)["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"],
@@ -531,20 +610,6 @@ class TestImageNode(TestNode):
         with pytest.raises(TrainingError, match="eta is 0"):
             self.execute(eta=0.0)
         assert self.execute(eta=0.0, objective="published")[1].result[0]
-
-    def test_another_autoencoder_is_refused(self, places):
-        with torch.inference_mode():
-            model, clip, vae = lab.load_model("unet"), lab.load_clip(), lab.load_vae("vae")
-        model.model.latent_format.latent_channels, before = 16, model.model.latent_format.latent_channels
-        try:
-            with pytest.raises(TrainingError, match="4 channels and the model's 16"), torch.inference_mode():
-                node.SliderTrainImages.execute(
-                    [model], [clip], [vae], [torch.zeros(1, 64, 64, 3)], [torch.ones(1, 64, 64, 3)], [""], ["published"], [1.0],
-                    [1], [1], [1e-3], [4], [1.0],
-                    [0], ["x"],
-                )  # fmt: skip
-        finally:
-            model.model.latent_format.latent_channels = before
 
 
 class TestPairs:
