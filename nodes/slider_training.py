@@ -181,7 +181,7 @@ class SliderTrainImages(io.ComfyNode):
                     options=[DIFFERENCE, PUBLISHED],
                     default=DIFFERENCE,
                     tooltip=(
-                        "'difference': the slider learns the way from one picture of a pair to the other, in a fraction of the steps. "
+                        "'difference': the slider learns the way from one picture of a pair to the other. "
                         "'published': it learns to draw the pictures, and with them what is between them."
                     ),
                 ),
