@@ -20,11 +20,12 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
+from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.lora import LoRAAdapter
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..ops.lora import Factors, Stack, delta_square, merge_middle
+from ..ops.lora import Factors, Stack, decomposed, delta_square, merge_middle
 from ..ops.schedule import Schedule
 from .dispatcher import Call, Effect
 from .families import ALL, Family, family_of, family_of_file, is_chosen, layer_kind
@@ -90,13 +91,15 @@ class Placement(NamedTuple):
 
     parts: dict[str, LowRank]
     report: str
+    weight: Callable[[str], torch.Tensor]
 
     def response(self) -> float:
         """How much the layers' outputs change at strength 1, for inputs of unit variance: the root of the mean square over all of them.
-        Near the relative change of the weights where these keep the variance, and had without reading them.
+        Near the relative change of the weights where these keep the variance, and had without reading any but those under a DoRA.
         """
-        factors = [one for part in self.parts.values() for one in part.factors]
-        return math.sqrt(sum(map(delta_square, factors)) / sum(len(one.up) for one in factors))
+        factors = [(name, one) for name, part in self.parts.items() for one in part.factors]
+        squares = (delta_square(one, None if one.gain is None else self.weight(f"{name}.weight")) for name, one in factors)
+        return math.sqrt(sum(squares) / sum(len(one.up) for _, one in factors))
 
     def to_comparable(self) -> float:
         """What strengths are multiplied by to be in comparable units: the same response for every file at strength 1."""
@@ -171,7 +174,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str, layers: str = 
         used |= patch.loaded_keys
         key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
         name = key.removesuffix(".weight")
-        placed = _fit(patch, _layer(model, key), offset, function)
+        placed = _fit(patch, _layer(model, key), offset, function, lambda end, name=name: _held(patcher, f"{name}.{end}"))
         if isinstance(placed, str):
             skipped[placed] += 1
             continue
@@ -190,7 +193,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str, layers: str = 
     skipped[f"left out by the choice '{layers}'"] += len(parts) - len(chosen)
     if unused:
         log.info("%s: %d keys not applied: %s", label, len(unused), ", ".join(unused))
-    return Placement(chosen, _report(chosen, family, +skipped, unused))
+    return Placement(chosen, _report(chosen, family, +skipped, unused), lambda key: _held(patcher, key))
 
 
 def _patches(state: dict[str, torch.Tensor], targets: Mapping, label: str) -> dict:
@@ -220,9 +223,16 @@ def _layer(model, key: str):
     return model.get_submodule(key.removesuffix(".weight")) if key.endswith(".weight") else None
 
 
+def _held(patcher, key: str) -> torch.Tensor | None:
+    """A weight as the model was loaded, without what other nodes have merged into it since; None where the layer has none."""
+    backup = patcher.backup.get(key)
+    weight = backup.weight if backup is not None else comfy.utils.get_attr(patcher.model, key)
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+
 def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> None:
-    up, down, alpha, middle, *_ = patch.weights
-    for tensor in (up, down, middle):
+    up, down, alpha, middle, dora, *_ = patch.weights
+    for tensor in (up, down, middle, dora):
         if tensor is not None and not torch.isfinite(tensor.float()).all():
             key = names.get(id(tensor), "a tensor")
             raise AdapterError(f"'{label}' holds NaN or infinity in {key}: its training failed or the file is damaged. Use another copy.")
@@ -231,16 +241,15 @@ def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> N
         raise AdapterError(f"'{label}' has {alpha} for the alpha of {key}: its training failed or the file is damaged. Use another copy.")
 
 
-def _fit(patch, module, offset, function) -> Factors | str:
+def _fit(patch, module, offset, function, held=None) -> Factors | str:
     """A host adapter as factors for `module`, or what keeps it from being applied.
 
-    offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs.
+    offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs; held: the
+    layer's own "weight" and "bias", which DoRA is asked for.
     """
     if not isinstance(patch, LoRAAdapter):
         return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}.get(patch.name, patch.name.upper())
     up, down, alpha, middle, dora, reshape = patch.weights
-    if dora is not None:
-        return "DoRA"
     shape = _weight_shape(module)
     if shape is None or reshape is not None:
         return "for layers that are neither linear nor convolution"
@@ -252,7 +261,17 @@ def _fit(patch, module, offset, function) -> Factors | str:
     up = _reordered(up.flatten(1), function)
     if down is None or up is None or up.shape != (length if dimension == 0 else shape[0], down.shape[0]):
         return "of another shape than the layer"
-    return Factors(down, up, scale, (first, length) if dimension == 0 else None)
+    factors = Factors(down, up, scale, (first, length) if dimension == 0 else None)
+    return factors if dora is None else _decomposed(factors, dora, dimension, held)
+
+
+def _decomposed(factors: Factors, magnitude: torch.Tensor, dimension: int | None, held) -> Factors | str:
+    if magnitude.shape[0] != len(factors.up) or magnitude.numel() != len(factors.up) or dimension == 1:
+        return "DoRA that scales a layer's inputs"
+    weight = held("weight")
+    if weight.shape[1:] != factors.down.shape[1:] or not weight.is_floating_point():
+        return "DoRA on packed layers"
+    return decomposed(factors, magnitude, weight, held("bias"))
 
 
 def _on_inputs(down: torch.Tensor, shape: tuple[int, ...], columns: tuple[int, int] | None) -> torch.Tensor | None:
@@ -329,6 +348,9 @@ def _report(parts: Mapping[str, LowRank], family: Family, skipped: Counter, unus
     kinds = Counter(layer_kind(family, name) for name in parts)
     ranks, scales = _range(one.down.shape[0] for one in factors), _range(one.scale for one in factors)
     lines = [f"Placed on {len(parts)} layers of {family.name} ({_counts(kinds)}); rank {ranks}, alpha / rank {scales}."]
+    dora = sum(any(one.gain is not None for one in part.factors) for part in parts.values())
+    if dora:
+        lines.append(f"DoRA on {dora} of them: not linear, exact only at strength 1; other strengths lie on the straight line through it.")
     if skipped:
         lines.append(f"Not applied: {_counts(skipped)}.")
     if TEXT in skipped:

@@ -9,6 +9,10 @@ All adapters of a layer run as one: their ranks are concatenated, so that x is r
 S scales rank by rank: strength times alpha / r, and, where an adapter has a place, its share of every token of a linear layer and of every
 position of a convolution's output. Masking z is masking the adapter's output, exactly, because B acts on each position alone; so is
 computing z on the tokens alone that the place has, which is done where it saves work.
+
+DoRA (arXiv 2402.09353) also sets the length of each output's weights, which the layer's own output y shows, so that no weight is needed:
+
+    W' = c (W + s B A), c = m / ||W||     y' = y + S ((c - 1) (y - bias) + c B A x)
 """
 
 from __future__ import annotations
@@ -32,12 +36,15 @@ class Factors(NamedTuple):
     up    (n, r), n the outputs it writes to
     scale alpha / r, or 1 where the file names no alpha
     rows  (first, n): the outputs written to, where a layer holds several fused (q, k and v in one); None for all of them
+    gain  (out,) c - 1 for each output of the whole layer, and shift (out,), which keeps the bias out of it, where the adapter is a DoRA
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
     rows: tuple[int, int] | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
@@ -45,14 +52,36 @@ def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
     return torch.einsum("ab...,bi->ai...", middle, down.flatten(1))
 
 
-def delta_weight(factors: Factors) -> Tensor:
-    """scale * B A in float32, (n, in, *kernel): what strength 1 adds to the weight's rows."""
+def decomposed(factors: Factors, magnitude: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
+    """The factors of a DoRA: `magnitude` m (n,) is the length that the weights of each output written to shall have; weight (out, in,
+    *kernel) and bias (out,) are the layer's own.
+
+    m is divided by ||W||, as ComfyUI merges such files; the paper and the trainers divide by ||W + s B A||.
+    """
+    first, count = factors.rows or (0, len(weight))
+    norm = weight[first : first + count].float().flatten(1).norm(dim=1).to(factors.up.device) + torch.finfo(torch.float32).eps
+    ratio = magnitude.float().flatten() / norm
+    gain = norm.new_zeros(len(weight))
+    gain[first : first + count] = ratio - 1
+    shift = None if bias is None else -gain * bias.to(gain)
+    return factors._replace(up=ratio[:, None] * factors.up.float(), gain=gain, shift=shift)
+
+
+def delta_weight(factors: Factors, weight: Tensor | None = None) -> Tensor:
+    """scale * B A in float32, (n, in, *kernel): what strength 1 adds to the weight's rows. A DoRA's is told only beside the layer's own
+    weight (out, in, *kernel).
+    """
     down = factors.down.float()
-    return factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
+    delta = factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
+    if factors.gain is None:
+        return delta
+    return delta + _narrow(factors.gain[:, None] * weight.to(factors.gain).flatten(1), factors.rows, 0).view(delta.shape)
 
 
-def delta_square(factors: Factors) -> float:
+def delta_square(factors: Factors, weight: Tensor | None = None) -> float:
     """The squared Frobenius norm of `delta_weight`, from products of its small side: ||B A||^2 = sum(B^T B * A A^T)."""
+    if factors.gain is not None:
+        return float(delta_weight(factors, weight).double().square().sum())
     up, down = factors.up.double(), factors.down.double().flatten(1)
     return factors.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
 
@@ -208,6 +237,56 @@ class _Apart:
                 bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
 
 
+class _Magnitudes:
+    """What the DoRAs of a layer make of its own output y: y + sum_i s_i S_i (g_i y + h_i). gains, shifts (I, out)."""
+
+    def __init__(self, flat: Sequence[tuple[int, Factors]], device, dtype: torch.dtype):
+        self._owners = torch.tensor([owner for owner, _ in flat])
+        self.gains = torch.stack([factors.gain for _, factors in flat]).to(device, dtype)
+        shifts = [torch.zeros_like(factors.gain) if factors.shift is None else factors.shift for _, factors in flat]
+        self.shifts = torch.stack(shifts).to(device, dtype)
+
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> tuple:
+        """What `use` takes: how much of each acts on the rows that are shared out (1 or B, tokens or 1, I), and on those past them (I,)."""
+        strength = torch.tensor(strengths, dtype=torch.float32)[self._owners].to(self.gains)
+        own = [places[owner] for owner in self._owners.tolist()]
+        if shares is None or all(place is None for place in own):
+            return strength[None, None], strength, None
+        free = torch.tensor([place is None for place in own], device=self.gains.device)
+        rows = shares.rows.movedim(0, -1)[..., torch.tensor([place or 0 for place in own], device=shares.rows.device)].to(self.gains)
+        return rows.masked_fill(free, 1.0) * strength, strength * free, shares
+
+    def use(self, setting: tuple) -> None:
+        amounts, beyond, self.shares = setting
+        self.amounts, self.beyond = amounts.to(self.gains), beyond.to(self.gains)
+
+    def follow(self, x: Tensor) -> None:
+        self.gains, self.shifts = self.gains.to(x), self.shifts.to(x)
+        self.amounts, self.beyond = self.amounts.to(x), self.beyond.to(x)
+
+    def apply_linear(self, y: Tensor) -> None:
+        amounts = self.amounts
+        if y.ndim == 2:
+            amounts = amounts[:, 0]
+        elif self.shares is not None:
+            missing = y.shape[-2] - self.shares.tokens
+            if missing < 0:  # not the sequence that was shared out
+                self.shares.missed, amounts = True, self.beyond
+            elif missing:
+                amounts = torch.cat([amounts, self.beyond.expand(amounts.shape[0], missing, -1)], dim=1)
+        self._apply(y, amounts @ self.gains, amounts @ self.shifts)
+
+    def apply_convolution(self, y: Tensor) -> None:
+        flat, amounts = y.view(*y.shape[:2], -1), self.amounts
+        if self.shares is not None and flat.shape[-1] != self.shares.tokens:
+            self.shares.missed, amounts = True, self.beyond[None, None]
+        self._apply(flat, (amounts @ self.gains).transpose(1, 2), (amounts @ self.shifts).transpose(1, 2))
+
+    @staticmethod
+    def _apply(y: Tensor, gain: Tensor, shift: Tensor) -> None:
+        y.add_((y * gain).add_(shift))
+
+
 class Setting(NamedTuple):
     """One way for a `Stack` to act: of whom it is built, and what its parts take."""
 
@@ -215,6 +294,7 @@ class Setting(NamedTuple):
     apart: bool
     plain: tuple | None
     placed: tuple | None
+    magnitudes: tuple | None
 
 
 class Stack:
@@ -232,6 +312,8 @@ class Stack:
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
         self.convolution, self.device, self.dtype = convolution, device, dtype
         self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | None]] = {}
+        dora = [item for item in self._flat if item[1].gain is not None]
+        self._magnitudes = _Magnitudes(dora, device, dtype) if dora else None
         self.set_strengths([1.0] * len(adapters))
 
     def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
@@ -250,6 +332,7 @@ class Stack:
             apart,
             plain.setting(strengths, places, None) if plain else None,
             placed.setting(strengths, places, shares) if placed else None,
+            self._magnitudes.setting(strengths, places, shares) if self._magnitudes else None,
         )
 
     def use(self, setting: Setting) -> None:
@@ -258,6 +341,8 @@ class Stack:
             self._plain.use(setting.plain)
         if self._placed:
             self._placed.use(setting.placed)
+        if self._magnitudes:
+            self._magnitudes.use(setting.magnitudes)
 
     def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
         if (places, apart) not in self._built:
@@ -295,6 +380,10 @@ class Stack:
             self._follow(x)
         if not (fresh and y.is_contiguous()):
             y = y.clone(memory_format=torch.contiguous_format)
+        if self._magnitudes and self.convolution is None:  # before anything is added: it is about the layer's own output
+            self._magnitudes.apply_linear(y)
+        elif self._magnitudes:
+            self._magnitudes.apply_convolution(y)
         for part in (self._plain, self._placed):
             if part is None:
                 continue
@@ -308,7 +397,7 @@ class Stack:
         """Some layers compute in another dtype than the model at large: the stack is cast once and stays with it."""
         self.device, self.dtype = x.device, x.dtype
         self._built = {key: built for key, built in self._built.items() if built[0] is self._plain and built[1] is self._placed}
-        for part in (self._plain, self._placed):
+        for part in (self._plain, self._placed, self._magnitudes):
             if part is not None:
                 part.follow(x)
 
@@ -318,5 +407,5 @@ def _spans(factors: Iterable[Factors]) -> list[tuple[int, int] | None]:
     return sorted({one.rows for one in factors}, key=lambda rows: rows or (0, 0))
 
 
-def _narrow(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
-    return y if rows is None else y.narrow(1, *rows)
+def _narrow(y: Tensor, rows: tuple[int, int] | None, dimension: int = 1) -> Tensor:
+    return y if rows is None else y.narrow(dimension, *rows)

@@ -18,6 +18,7 @@ from .server import PACK, Server, is_free
 
 TIERS = ("ops", "host", "server", "browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+MOST_WORKERS = 4  # test processes; each of them may hold a host of 2 GB
 
 
 def run(arguments: list[str]) -> int:
@@ -222,15 +223,21 @@ def run_check(ready: Ready, *command) -> Count:
 
 
 def run_tier(ready: Ready, tier: str, options, required: set[str]) -> Count:
-    """Run one folder of tests in a process of its own, so that the host of one tier cannot reach another."""
+    """Run one folder of tests in processes of its own, so that the host of one tier cannot reach another: one for each core, which share
+    the cores out, because threads of several that wait for one another on a core are slower than one thread by far.
+    """
     print(f"\n== tests/{tier}", flush=True)
+    cores = os.cpu_count() or 1
+    workers = min(cores, MOST_WORKERS) if options.device == "cpu" else 1
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         status = ready.inside(
             *("pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", f"cache_dir={ready.home / 'pytest'}"),
+            *("-n", workers, "--dist", "worksteal") * (workers > 1),
             *("--device", options.device, "--junitxml", report, ROOT / "tests" / tier, *options.passed_on),
             variables={
                 "CONCEPT_NODES_CHROMIUM": browser() or "",
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores // workers)),
                 "CONCEPT_NODES_REQUIRE": " ".join(required),
                 "HYPOTHESIS_STORAGE_DIRECTORY": str(ready.home / "hypothesis"),
             },

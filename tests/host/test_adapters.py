@@ -11,6 +11,7 @@ import torch
 
 from concept_nodes.host import adapters
 from concept_nodes.host.adapters import AdapterError
+from concept_nodes.host.dispatcher import attach
 from concept_nodes.ops.lora import delta_weight
 
 
@@ -179,7 +180,7 @@ class TestWhatIsNotPlacedIsTold:
             ("text encoder", entry({}, "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 8, 8)),
             ("LoHa", LOHA),
             ("LoKr", {f"{OTHER}.lokr_w1": torch.zeros(4, 4), f"{OTHER}.lokr_w2": torch.zeros(8, 8)}),
-            ("DoRA", entry({f"{OTHER}.dora_scale": torch.ones(32, 1)}, OTHER, 32, 32)),
+            ("DoRA that scales a layer's inputs", entry({f"{OTHER}.dora_scale": torch.ones(1, 32)}, OTHER, 32, 32)),
             ("full weight difference", {"diffusion_model.input_blocks.1.1.norm.diff": torch.zeros(32)}),
             ("layers this model does not have", entry({}, "diffusion_model.input_blocks.99.0", 4, 4)),
             ("another shape", entry({}, OTHER, 7, 9)),
@@ -225,12 +226,81 @@ class TestWhatIsNotPlacedIsTold:
             adapters.place(built["sdxl"], {"weird": torch.zeros(2)}, "test")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    @pytest.mark.parametrize("key", ["lora_down.weight", "lora_up.weight", "alpha"])
+    @pytest.mark.parametrize("key", ["lora_down.weight", "lora_up.weight", "alpha", "dora_scale"])
     def test_nan_and_infinity_are_refused_by_key(self, built, key, value):
-        state = entry({}, NAME, 32, 32)
+        state = entry({f"{NAME}.dora_scale": torch.ones(32, 1)} if key == "dora_scale" else {}, NAME, 32, 32)
         state[f"{NAME}.{key}"].view(-1)[0] = value
         with pytest.raises(AdapterError, match=NAME.replace(".", r"\.")):
             adapters.place(built["sd15"], state, "test")
+
+
+def with_magnitudes(model, state) -> dict[str, torch.Tensor]:
+    """The same LoRA as a DoRA: lengths near those that the layers have."""
+    lengths = {}
+    for index, key in enumerate(key for key in state if key.endswith((".lora_up.weight", ".lora_B.weight"))):
+        up = state[key]
+        lengths[key.rsplit(".lora_", 1)[0] + ".dora_scale"] = 1 + 0.2 * models.seeded((len(up), *[1] * (up.ndim - 1)), 900 + index)
+    return state | lengths
+
+
+class TestDoRA:
+    @pytest.mark.parametrize("kind, style", [("sd15", "kohya diffusers"), ("sdxl", "host"), ("flux", "flux transformer")])
+    def test_is_what_the_stock_loader_makes_of_the_weights(self, built, kind, style):
+        """Linear layers, convolutions, and q, k, v in one weight."""
+        model = built[kind]
+        # One that is on a fused layer as a whole and on its parts would divide by lengths that its own other half has changed.
+        state = with_magnitudes(model, {key: tensor for key, tensor in in_style(model, style).items() if "to_qkv_mlp_proj" not in key})
+        placement = adapters.place(model, state, "test")
+        assert f"DoRA on {len(placement.parts)} of them: not linear, exact only at strength 1" in placement.report
+        assert "Not applied" not in placement.report
+        stock = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0)[0]
+        for name, part in placement.parts.items():
+            key = f"{name}.weight"
+            own = comfy.utils.get_attr(model.model, key)
+            delta = torch.zeros_like(own)
+            for factors in part.factors:
+                first, count = factors.rows or (0, len(own))
+                delta[first : first + count] += delta_weight(factors, own)
+            baked = comfy.lora.calculate_weight(stock.patches[key], own.clone(), key)
+            torch.testing.assert_close(delta, baked - own, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("strength", [1.0, 0.4, -1.0])
+    @pytest.mark.parametrize("kind", models.KINDS)
+    def test_picture_is_the_stock_loaders(self, built, kind, strength):
+        model = built[kind]
+        state = with_magnitudes(model, models.lora(model, size=0.2))
+        stock = models.sample(comfy.sd.load_lora_for_models(model, None, state, strength, 0)[0])
+        ours = model.clone()
+        attach(ours, adapters.AdapterEffect("dora", adapters.place(model, state, "test").parts, strength))
+        difference = (models.sample(ours) - stock).norm() / (stock - models.sample(model)).norm()
+        assert difference < 1e-3
+
+    def test_the_weights_are_asked_for_as_they_were_loaded(self, built):
+        """Another node's merged LoRA must not change the lengths: its weights stay in the model after it sampled."""
+        model = built["sd15"]
+        state = with_magnitudes(model, entry({}, NAME, 32, 32))
+        before = adapters.place(model, state, "test").parts[NAME].factors[0].gain
+        stock = comfy.sd.load_lora_for_models(model, None, models.lora(model), 1.0, 0)[0]
+        models.sample(stock)
+        assert f"{NAME}.weight" in stock.backup
+        assert torch.equal(adapters.place(stock, state, "test").parts[NAME].factors[0].gain, before)
+
+    def test_scaled_fp8_weights_have_their_length_too(self):
+        model = models.build_quantised()
+        state = with_magnitudes(model, entry({}, NAME, 32, 32))
+        gain, plain = (adapters.place(one, state, "test").parts[NAME].factors[0].gain for one in (model, models.build("sd15")))
+        torch.testing.assert_close(gain, plain, rtol=0.05, atol=0.03)
+
+    def test_packed_weights_cannot_tell_it(self):
+        model = models.build_packed()
+        state = entry({}, OTHER, 32, 32) | with_magnitudes(model, entry({}, NAME, 32, 32))
+        assert "1 DoRA on packed layers" in adapters.place(model, state, "test").report
+
+    def test_comparable_units(self):
+        model = models.build("sd15")
+        placement = adapters.place(model, with_magnitudes(model, entry({}, NAME, 32, 32)), "test")
+        delta = delta_weight(placement.parts[NAME].factors[0], comfy.utils.get_attr(model.model, f"{NAME}.weight"))
+        assert placement.response() == pytest.approx(float(delta.square().sum() / 32) ** 0.5, rel=1e-4)
 
 
 class TestReading:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from concept_nodes.ops.lora import Factors, Stack, delta_weight, merge_middle
+from concept_nodes.ops.lora import Factors, Stack, decomposed, delta_square, delta_weight, merge_middle
+from concept_nodes.ops.shares import Shares
 
 CPU = torch.device("cpu")
 CONVOLUTION = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}
@@ -33,11 +34,11 @@ def added(made, x, out=6):
     return made(torch.zeros(*x.shape[:-1], out, dtype=x.dtype), True, x)
 
 
-def whole(adapter, shape):
+def whole(adapter, shape, own=None):
     """The adapter's delta laid into a whole weight of zeros."""
     weight = torch.zeros(shape)
     first, count = adapter.rows or (0, shape[0])
-    weight[first : first + count] = delta_weight(adapter)
+    weight[first : first + count] = delta_weight(adapter, own)
     return weight
 
 
@@ -178,6 +179,110 @@ def test_follows_a_layer_that_computes_in_another_dtype(kernel):
     assert made(y, True, x).dtype == torch.float32
     # An output kept in more precision than the input keeps it.
     assert made(y.double(), True, x).dtype == torch.float64
+
+
+class TestDoRA:
+    """Against the merged weights c (W + s B A), c = m / ||W||, with the layer's own weights and bias."""
+
+    SHAPES = {"linear": (6, 5), "convolution": (6, 5, 3, 3)}
+
+    def made(self, kernel=(), rows=None, seed=10):
+        """The layer's weight and bias, a DoRA, and the weight that it stands for, written out."""
+        plain = factors(kernel=kernel, rows=rows, scale=0.4, seed=seed)
+        weight, bias = random(6, 5, *kernel, seed=1), random(6, seed=2)
+        magnitude = random(len(plain.up), *[1] * (1 + len(kernel)), seed=seed + 2).abs() + 0.5
+        first, count = rows or (0, 6)
+        own = weight[first : first + count]
+        merged = weight.clone()
+        flat = own.flatten(1).norm(dim=1).view(-1, *[1] * (own.ndim - 1))
+        merged[first : first + count] = magnitude.view(flat.shape) / flat * (own + delta_weight(plain))
+        return weight, bias, decomposed(plain, magnitude, weight, bias), merged
+
+    def run(self, weight, bias, x, kernel=()):
+        return F.conv2d(x, weight, bias, **CONVOLUTION) if kernel else F.linear(x, weight, bias)
+
+    def x(self, kernel=()):
+        return random(2, 5, 8, 8, seed=3) if kernel else random(2, 16, 5, seed=3)
+
+    @pytest.mark.parametrize("kernel", [(), (3, 3)])
+    @pytest.mark.parametrize("rows", [None, (2, 3)])
+    @pytest.mark.parametrize("strength", [1.0, 0.5, -2.0, 0.0])
+    def test_equals_the_merged_weight(self, kernel, rows, strength):
+        weight, bias, dora, merged = self.made(kernel, rows)
+        x = self.x(kernel)
+        y = stack(dora, strengths=[strength], convolution=CONVOLUTION if kernel else None)(self.run(weight, bias, x, kernel), True, x)
+        expected = self.run(weight + strength * (merged - weight), bias, x, kernel)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kernel", [(), (3, 3)])
+    def test_several_and_plain_ones_beside_it_add_up(self, kernel):
+        """Each is about the layer's own output, whatever order they were given in."""
+        weight, bias, one, first = self.made(kernel, (0, 4))
+        _, _, other, second = self.made(kernel, None, seed=30)
+        plain = factors(kernel=kernel, seed=50)
+        x = self.x(kernel)
+        expected = weight + 0.7 * (first - weight) - 0.4 * (second - weight) + 1.5 * delta_weight(plain)
+        for adapters, strengths in [((one, other, plain), (0.7, -0.4, 1.5)), ((plain, other, one), (1.5, -0.4, 0.7))]:
+            made = stack(*adapters, strengths=strengths, convolution=CONVOLUTION if kernel else None)
+            y = made(self.run(weight, bias, x, kernel), True, x)
+            torch.testing.assert_close(y, self.run(expected, bias, x, kernel), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("worth", [0.0, 100.0], ids=["together", "apart"])
+    @pytest.mark.parametrize("kernel", [(), (3, 3)])
+    def test_in_its_place(self, monkeypatch, kernel, worth):
+        """The masked sum of the outputs of the merged weights; one more adapter acts everywhere."""
+        monkeypatch.setattr(Stack, "WORTH", worth)
+        weight, bias, one, first = self.made(kernel)
+        _, _, other, second = self.made(kernel, seed=30)
+        _, _, everywhere, third = self.made(kernel, seed=60)
+        x = self.x(kernel)
+        rows = torch.zeros(2, 1, 16)
+        rows[0, 0, :5], rows[1, 0, 9:] = 1.0, 0.25
+        made = stack(one, other, everywhere, convolution=CONVOLUTION if kernel else None)
+        made.set_strengths([0.8, 1.0, -0.5], [0, 1, None], Shares(rows))
+        y = made(self.run(weight, bias, x, kernel), True, x)
+        shares = [row.view(1, 4, 4) if kernel else row.view(16, 1) for row in rows]
+        base = self.run(weight, bias, x, kernel)
+        expected = base - 0.5 * (self.run(third, bias, x, kernel) - base)
+        for share, strength, merged in zip(shares, (0.8, 1.0), (first, second), strict=True):
+            expected = expected + strength * share * (self.run(merged, bias, x, kernel) - base)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+    def test_rows_past_those_that_are_shared_out(self):
+        """Text after the picture's tokens has the adapters without a place only; a shorter sequence too, and it is told."""
+        weight, bias, one, _ = self.made()
+        _, _, everywhere, third = self.made(seed=60)
+        made, shares = stack(one, everywhere), Shares(torch.ones(1, 1, 10))
+        made.set_strengths([1.0, 1.0], [0, None], shares)
+        x = self.x()
+        y = made(self.run(weight, bias, x), True, x)
+        torch.testing.assert_close(y[:, 10:], self.run(third, bias, x)[:, 10:], rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(y[:, :10], self.run(third, bias, x)[:, :10], atol=1e-2)
+        short = x[:, :6]
+        torch.testing.assert_close(made(self.run(weight, bias, short), True, short), self.run(third, bias, short), rtol=1e-4, atol=1e-4)
+        assert shares.missed
+
+    def test_one_row_for_each_picture(self):
+        weight, bias, one, merged = self.made()
+        x = random(2, 5, seed=3)
+        made = stack(one)
+        made.set_strengths([1.0], [0], Shares(torch.tensor([[[0.3]]])))
+        base = self.run(weight, bias, x)
+        torch.testing.assert_close(made(base.clone(), True, x), base + 0.3 * (self.run(merged, bias, x) - base), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("rows", [None, (2, 3)])
+    def test_what_it_adds_to_the_weight(self, rows):
+        weight, _, dora, merged = self.made(rows=rows)
+        torch.testing.assert_close(whole(dora, (6, 5), weight), merged - weight, rtol=1e-4, atol=1e-5)
+        assert delta_square(dora, weight) == pytest.approx(float((merged - weight).square().sum()), rel=1e-4)
+
+    def test_half_precision(self):
+        weight, bias, dora, merged = self.made()
+        x = self.x()
+        y = stack(dora, dtype=torch.bfloat16)(self.run(weight, bias, x).bfloat16(), True, x.bfloat16())
+        expected = self.run(merged, bias, x)
+        assert y.dtype == torch.bfloat16
+        assert (y.float() - expected).abs().max() <= 2e-2 * expected.abs().max()
 
 
 class TestWritingInPlace:
