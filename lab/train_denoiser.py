@@ -38,8 +38,8 @@ def _uniform(n, device):
 
 
 def unet_loss(module, latent, context, pooled, alphas):
-    """Noise prediction; weighted so that errors of the picture count at all levels but the noisiest (weight sigma^2, clamped at the noise of
-    sigma 7, where places and sizes are settled).
+    """Noise prediction; weighted so that errors of the picture count at all levels but the noisiest (weight sigma^2, clamped at the
+    noise of sigma 7, where places and sizes are settled).
     """
     step = (_uniform(len(latent), latent.device) * 999.999).long()
     alpha = alphas[step][:, None, None, None]

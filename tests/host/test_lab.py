@@ -206,7 +206,9 @@ class TestFailures:
         with pytest.raises(lab.LabError, match=part):
             LabLoader.execute("unet")
 
-    @pytest.mark.parametrize("part, seen_by", [("unet", {"unet"}), ("dit", {"dit"}), ("text", set(lab.MODELS)), ("vae", {"unet"}), ("vae_dit", {"dit"})])
+    @pytest.mark.parametrize(
+        "part, seen_by", [("unet", {"unet"}), ("dit", {"dit"}), ("text", set(lab.MODELS)), ("vae", {"unet"}), ("vae_dit", {"dit"})]
+    )
     def test_fingerprint_follows_the_files(self, weights, part, seen_by):
         before = {name: LabLoader.fingerprint_inputs(model=name) for name in lab.MODELS}
         assert before == {name: LabLoader.fingerprint_inputs(model=name) for name in lab.MODELS}
