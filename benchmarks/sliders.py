@@ -6,6 +6,7 @@ under `<model>_<slider>_`, each over seeds:
     spearman         mean rank correlation of strength and attribute
     span             attribute at +2 minus at -2, as a share of its range in the scenes
     seen             share of pictures in which there is anything to measure; the two above leave out seeds with one unseen
+    valid_zero       share of valid pictures at strength 0
     validity_loss    share of valid pictures at strength 0, minus that at the worst strength
     position_shift   pixels that the object moves between strength 0 and the ends, from the family's default start on
     interference     change of all other attributes, as a share of their ranges, where the attribute has moved by a quarter of its range
@@ -24,6 +25,8 @@ and *image pairs*. Training-free: *embedding* and *guidance* of Slider from Prom
 github.com/rohitgandikota/sliders; needs the development extras) also the *released trainer* itself, for two sliders of the UNet:
 
     interference_to_released, train_time_to_released   ours over it
+
+`--ours` measures the shipped sliders alone, in half an hour; what is claimed against the other arms then counts as not met.
 """
 
 from __future__ import annotations
@@ -366,9 +369,9 @@ def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
     }
 
 
-def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -> tuple[dict[str, Figure], list[dict]]:
-    """The figures of one slider, and what each arm did."""
-    file = sliders.file_of(bench.name, slider)
+def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, alone: bool = False) -> tuple[dict[str, Figure], list[dict]]:
+    """The figures of one slider, and what each arm did; `alone`: without those that it is compared with."""
+    file, few = sliders.file_of(bench.name, slider), seeds[:ARM_SEEDS]
     state = adapters.read(resolve("loras", file))
     of = hashlib.blake2b(Path(resolve("loras", file)).read_bytes(), digest_size=8).hexdigest()
     ours = bench.sweep(slider, "ours", bench.slider(file), seeds, STRENGTHS, of)
@@ -376,10 +379,10 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -
         "spearman": mean(spearman(whole(ours.attribute))),
         "span": mean(span(slider, whole(ours.attribute))),
         "seen": share(~ours.attribute.isnan().flatten()),
+        "valid_zero": share(ours.valid[:, STRENGTHS.index(0.0)] > 0),
     }
     arms = [arm(bench.name, slider, "ours", ours)]
     if full:
-        few = seeds[:ARM_SEEDS]
         lost = ours.valid[:, [STRENGTHS.index(0.0)]] - ours.valid
         figures["validity_loss"] = mean(lost[:, int(lost.mean(0).argmax())])
         late = bench.sweep(slider, "ours, late", bench.slider(file, start=bench.start), few, [-2.0, 0.0, 2.0], of)
@@ -389,6 +392,7 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -
         twin = bench.sweep(slider, "random LoRA of equal norms", bench.slider("", lora=random_twin(state)), few, [-2.0, 0.0, 2.0], of)
         figures["control_span"] = mean(span(slider, whole(twin.attribute)).abs())
         arms.append(arm(bench.name, slider, "random LoRA of equal norms", twin))
+    if full and not alone:
         sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), few, STRENGTHS) for name in PROMPT_ARMS}
         sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), few, STRENGTHS) for form in ("embedding", "guidance")}
         arms += [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
@@ -522,7 +526,7 @@ def moving(bench: Bench, name: str) -> tuple[dict[str, Figure], list[dict]]:
     return {f"{bench.name}_repatch_count": counts, f"{bench.name}_set_up_seconds": seconds}, told
 
 
-def _measure(sample: bool, released: Path | None = None):
+def _measure(sample: bool, released: Path | None = None, alone: bool = False):
     seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
     figures: dict[str, Figure] = {}
     arms: list[dict] = []
@@ -534,10 +538,10 @@ def _measure(sample: bool, released: Path | None = None):
         for model in dict.fromkeys(model for model, _ in chosen):
             bench, names = Bench(model, released), [name for of, name in chosen if of == model]
             for name in names:
-                found, courses = measure_slider(bench, name, seeds, full=not sample)
+                found, courses = measure_slider(bench, name, seeds, full=not sample, alone=alone)
                 figures |= found
                 arms += courses
-                if not sample and model == "unet" and name in TIMED:
+                if not (sample or alone) and model == "unet" and name in TIMED:
                     found, told = training_time(bench, name, seeds[:ARM_SEEDS])
                     figures |= found
                     arms += told
@@ -567,6 +571,7 @@ def claims(released: bool = False) -> dict[str, Claim]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--released", type=Path)
+    parser.add_argument("--ours", action="store_true")
     own, argv = parser.parse_known_args(argv)
     lab.show_files()
-    return _report.run("sliders", argv, lambda sample: _measure(sample, own.released), claims(own.released is not None))
+    return _report.run("sliders", argv, lambda sample: _measure(sample, own.released, own.ours), claims(own.released is not None))
