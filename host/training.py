@@ -193,7 +193,7 @@ class Trainee:
         for parameter in self.parameters():
             parameter.grad = None
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), peak)
+        return Memory(weights, 12 * sum(parameter.numel() for parameter in self.parameters()), peak)
 
     def fit(self, memory: Callable[[], Memory]) -> str:
         """Become thrifty where the memory that is free asks for it, and say what a training takes."""
@@ -246,8 +246,8 @@ class Trainee:
 
 
 class Memory(NamedTuple):
-    """Bytes that a training takes: the model's weights; the adapters with their gradients and the optimiser; one step at its fullest (None:
-    not known).
+    """Bytes that a training takes: the model's weights; the adapters and the optimiser's two copies of them; one step at its fullest, with
+    the gradients that it leaves (None: not known).
     """
 
     weights: int

@@ -102,7 +102,7 @@ class TestWorkflows:
         monkeypatch.setattr(sliders, "workflow", lambda model, name: graph)
         sliders.train("unet", "size", tmp_path / "made" / "size.safetensors")
         state = load_file(tmp_path / "made" / "size.safetensors")
-        assert len(state) == 3 * 84
+        assert len(state) == 3 * 98
         assert {tensor.dtype for tensor in state.values()} == {torch.float16}
 
 
@@ -160,7 +160,7 @@ def test_released_ways_train_at_random_steps(monkeypatch):
 
     monkeypatch.setattr(_trainings.ReleasedObjective, "losses", told)
     state, seconds = _trainings.released("unet", "background", steps=6, batch=2)
-    assert len(state) == 3 * 84
+    assert len(state) == 3 * 98
     assert seconds > 0
     assert all(len(set(at)) == 1 for at, _ in seen)
     assert len({at[0] for at, _ in seen}) > 2
