@@ -64,8 +64,8 @@ def surest(eye, pictures) -> list[tuple[str, str, str]]:
 
 class TestDrawing:
     def test_single_objects_are_what_was_asked(self, name, loaded, eye):
-        """The seeds are fixed: only another torch's rounding can move these figures, by one or two pictures. The lowest are .98 for what is
-        drawn and where, and .92 (UNet) and .90 (DiT) for valid, by an eye that has learnt to see small faults.
+        """The seeds are fixed: only another torch's rounding can move these figures, by one or two pictures. All are 1.00 but valid, .92
+        (UNet) and .90 (DiT), by an eye that has learnt to see small faults.
         """
         n, steps = SIZES[name]
         asked = measure.ask(n, objects=1, size=64, seed=1, plain=True)
