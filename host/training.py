@@ -164,9 +164,9 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in (adapter.down, adapter.up)]
 
-    def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int) -> Memory:
-        """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from one prediction at x (x,
-        sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is computed, no memory is taken.
+    def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int, losses: int) -> Memory:
+        """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from `losses` predictions at
+        x, one after the other (x, sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is computed, no memory is taken.
         """
 
         def many(value: Any) -> Any:
@@ -188,12 +188,13 @@ class Trainee:
                     with torch.no_grad():
                         given = {name: many(value) for name, value in tensors.items()} | rest
                         wanted = self.predict(many(x), many(sigma), given, 0.0)[: len(x)]
-                nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
+                for _ in range(min(losses, 2)):  # the second meets the gradients of the first; more are no fuller
+                    nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
             peak = counted.peak
         for parameter in self.parameters():
             parameter.grad = None
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
-        return Memory(weights, 16 * sum(parameter.numel() for parameter in self.parameters()), peak)
+        return Memory(weights, 12 * sum(parameter.numel() for parameter in self.parameters()), peak)
 
     def fit(self, memory: Callable[[], Memory]) -> str:
         """Become thrifty where the memory that is free asks for it, and say what a training takes."""
@@ -246,8 +247,8 @@ class Trainee:
 
 
 class Memory(NamedTuple):
-    """Bytes that a training takes: the model's weights; the adapters with their gradients and the optimiser; one step at its fullest (None:
-    not known).
+    """Bytes that a training takes: the model's weights; the adapters and the optimiser's two copies of them; one step at its fullest, with
+    the gradients that it makes (None: not known).
     """
 
     weights: int
