@@ -166,7 +166,8 @@ class Trainee:
 
     def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int, losses: int) -> Memory:
         """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from `losses` predictions at
-        x, one after the other (x, sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is computed, no memory is taken.
+        x, one after the other (x, sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is
+        computed, no memory is taken.
         """
 
         def many(value: Any) -> Any:
