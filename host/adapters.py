@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import struct
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ class Placement(NamedTuple):
         Near the relative change of the weights where these keep the variance, and had without reading any but those under a DoRA.
         """
         factors = [(name, one) for name, part in self.parts.items() for one in part.factors]
-        squares = (delta_square(one, None if one.gain is None else self.weight(f"{name}.weight")) for name, one in factors)
+        squares = (delta_square(one, None if one.gain is None else self.weight(name)) for name, one in factors)
         return math.sqrt(sum(squares) / sum(len(one.up) for _, one in factors))
 
     def to_comparable(self) -> float:
@@ -174,7 +175,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str, layers: str = 
         used |= patch.loaded_keys
         key, offset, function = (*target, None)[:3] if isinstance(target, tuple) else (target, None, None)
         name = key.removesuffix(".weight")
-        placed = _fit(patch, _layer(model, key), offset, function, lambda end, name=name: _held(patcher, f"{name}.{end}"))
+        placed = _fit(patch, _layer(model, key), offset, function, Held(patcher, name))
         if isinstance(placed, str):
             skipped[placed] += 1
             continue
@@ -193,7 +194,7 @@ def place(patcher, state: Mapping[str, torch.Tensor], label: str, layers: str = 
     skipped[f"left out by the choice '{layers}'"] += len(parts) - len(chosen)
     if unused:
         log.info("%s: %d keys not applied: %s", label, len(unused), ", ".join(unused))
-    return Placement(chosen, _report(chosen, family, +skipped, unused), lambda key: _held(patcher, key))
+    return Placement(chosen, _report(chosen, family, +skipped, unused), lambda name: Held(patcher, name).tensor("weight"))
 
 
 def _patches(state: dict[str, torch.Tensor], targets: Mapping, label: str) -> dict:
@@ -223,11 +224,31 @@ def _layer(model, key: str):
     return model.get_submodule(key.removesuffix(".weight")) if key.endswith(".weight") else None
 
 
-def _held(patcher, key: str) -> torch.Tensor | None:
-    """A weight as the model was loaded, without what other nodes have merged into it since; None where the layer has none."""
-    backup = patcher.backup.get(key)
-    weight = backup.weight if backup is not None else comfy.utils.get_attr(patcher.model, key)
-    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+# Lengths of the weights' rows, for DoRA, by the host's model and key: reading all of a model takes seconds, and strengths are moved often.
+_LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+class Held:
+    """What a layer has of its own, as the model was loaded: without what other nodes have merged into it since."""
+
+    def __init__(self, patcher, name: str):
+        self.patcher, self.name = patcher, name
+
+    def tensor(self, end: str) -> torch.Tensor | None:
+        """Its "weight" or "bias"; None where it has none."""
+        backup = self.patcher.backup.get(f"{self.name}.{end}")
+        tensor = backup.weight if backup is not None else getattr(self.patcher.model.get_submodule(self.name), end, None)
+        return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+    def lengths(self, inputs: torch.Size) -> torch.Tensor | None:
+        """(out,) of the weights of each output, of shape `inputs`; None where the weights are packed in a way of their own."""
+        kept = _LENGTHS.setdefault(self.patcher.model, {})
+        if self.name not in kept:
+            weight = self.tensor("weight")
+            if weight is None or weight.shape[1:] != inputs or not weight.is_floating_point():
+                return None
+            kept[self.name] = weight.float().flatten(1).norm(dim=1).cpu()
+        return kept[self.name]
 
 
 def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> None:
@@ -241,11 +262,11 @@ def _check_finite(patch: LoRAAdapter, names: Mapping[int, str], label: str) -> N
         raise AdapterError(f"'{label}' has {alpha} for the alpha of {key}: its training failed or the file is damaged. Use another copy.")
 
 
-def _fit(patch, module, offset, function, held=None) -> Factors | str:
+def _fit(patch, module, offset, function, held: Held | None = None) -> Factors | str:
     """A host adapter as factors for `module`, or what keeps it from being applied.
 
-    offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs; held: the
-    layer's own "weight" and "bias", which DoRA is asked for.
+    offset = (dimension, first, length): the part of the weight it is for; function: how the host reorders that part's outputs; held: what
+    the layer has of its own, for DoRA.
     """
     if not isinstance(patch, LoRAAdapter):
         return {"loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA"}.get(patch.name, patch.name.upper())
@@ -265,13 +286,13 @@ def _fit(patch, module, offset, function, held=None) -> Factors | str:
     return factors if dora is None else _decomposed(factors, dora, dimension, held)
 
 
-def _decomposed(factors: Factors, magnitude: torch.Tensor, dimension: int | None, held) -> Factors | str:
+def _decomposed(factors: Factors, magnitude: torch.Tensor, dimension: int | None, held: Held) -> Factors | str:
     if magnitude.shape[0] != len(factors.up) or magnitude.numel() != len(factors.up) or dimension == 1:
         return "DoRA that scales a layer's inputs"
-    weight = held("weight")
-    if weight.shape[1:] != factors.down.shape[1:] or not weight.is_floating_point():
+    lengths = held.lengths(factors.down.shape[1:])
+    if lengths is None:
         return "DoRA on packed layers"
-    return decomposed(factors, magnitude, weight, held("bias"))
+    return decomposed(factors, magnitude, lengths, held.tensor("bias"))
 
 
 def _on_inputs(down: torch.Tensor, shape: tuple[int, ...], columns: tuple[int, int] | None) -> torch.Tensor | None:
@@ -350,7 +371,10 @@ def _report(parts: Mapping[str, LowRank], family: Family, skipped: Counter, unus
     lines = [f"Placed on {len(parts)} layers of {family.name} ({_counts(kinds)}); rank {ranks}, alpha / rank {scales}."]
     dora = sum(any(one.gain is not None for one in part.factors) for part in parts.values())
     if dora:
-        lines.append(f"DoRA on {dora} of them: not linear, exact only at strength 1; other strengths lie on the straight line through it.")
+        lines.append(
+            f"DoRA on {dora} of them, which is not linear: made for strength 1 only. Other strengths lie on the straight line through it, "
+            "as Load LoRA's do."
+        )
     if skipped:
         lines.append(f"Not applied: {_counts(skipped)}.")
     if TEXT in skipped:

@@ -165,7 +165,8 @@ class TextObjective(Objective):
 
     def memory(self) -> Memory:
         x = self.ways.x
-        return self.trainee.memory(x, self.ways.sigma, condition(self.trainee, [self.empty] * len(x), x), len(self.parts))
+        given = condition(self.trainee, [self.empty] * len(x), x)
+        return self.trainee.memory(x, self.ways.sigma, given, len(self.parts), len(self.strengths))
 
 
 class ImageObjective(Objective):
@@ -219,7 +220,8 @@ class ImageObjective(Objective):
         largest = max((pair[0] for pair in self.pairs), key=torch.Tensor.numel)
         x = largest.expand(self.batch, -1, -1, -1).clone()
         sigma = torch.full((self.batch,), float(self.trainee.sampling.percent_to_sigma(0.5)), device=x.device)
-        return self.trainee.memory(x, sigma, condition(self.trainee, [self.prompt] * self.batch, x), int(self.eta is not None))
+        given = condition(self.trainee, [self.prompt] * self.batch, x)
+        return self.trainee.memory(x, sigma, given, int(self.eta is not None), 2)
 
 
 def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -164,9 +164,10 @@ class Trainee:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters.values() for parameter in (adapter.down, adapter.up)]
 
-    def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int) -> Memory:
-        """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from one prediction at x (x,
-        sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is computed, no memory is taken.
+    def memory(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], ahead: int, losses: int) -> Memory:
+        """What a step takes that predicts `ahead` times as many pictures without a gradient, and then learns from `losses` predictions at
+        x, one after the other (x, sigma and condition as `predict` takes them). The step is played through on shapes alone: nothing is
+        computed, no memory is taken.
         """
 
         def many(value: Any) -> Any:
@@ -188,7 +189,8 @@ class Trainee:
                     with torch.no_grad():
                         given = {name: many(value) for name, value in tensors.items()} | rest
                         wanted = self.predict(many(x), many(sigma), given, 0.0)[: len(x)]
-                nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
+                for _ in range(min(losses, 2)):  # the second meets the gradients of the first; more are no fuller
+                    nn.functional.mse_loss(self.predict(x, sigma, tensors | rest, 1.0), wanted).backward()
             peak = counted.peak
         for parameter in self.parameters():
             parameter.grad = None
@@ -247,7 +249,7 @@ class Trainee:
 
 class Memory(NamedTuple):
     """Bytes that a training takes: the model's weights; the adapters and the optimiser's two copies of them; one step at its fullest, with
-    the gradients that it leaves (None: not known).
+    the gradients that it makes (None: not known).
     """
 
     weights: int

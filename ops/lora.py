@@ -52,16 +52,19 @@ def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
     return torch.einsum("ab...,bi->ai...", middle, down.flatten(1))
 
 
-def decomposed(factors: Factors, magnitude: Tensor, weight: Tensor, bias: Tensor | None = None) -> Factors:
-    """The factors of a DoRA: `magnitude` m (n,) is the length that the weights of each output written to shall have; weight (out, in,
-    *kernel) and bias (out,) are the layer's own.
+DEAD = 1e-4  # of the longest row: weights that short are an output nobody uses, and no length to divide by
+
+
+def decomposed(factors: Factors, magnitude: Tensor, lengths: Tensor, bias: Tensor | None = None) -> Factors:
+    """The factors of a DoRA: `magnitude` m (n,) is the length that the weights of each output written to shall have; lengths (out,), those
+    that the layer's weights have, and bias (out,) are the layer's own.
 
     m is divided by ||W||, as ComfyUI merges such files; the paper and the trainers divide by ||W + s B A||.
     """
-    first, count = factors.rows or (0, len(weight))
-    norm = weight[first : first + count].float().flatten(1).norm(dim=1).to(factors.up.device) + torch.finfo(torch.float32).eps
-    ratio = magnitude.float().flatten() / norm
-    gain = norm.new_zeros(len(weight))
+    first, count = factors.rows or (0, len(lengths))
+    own = lengths[first : first + count].float().to(factors.up.device)
+    ratio = torch.where(own > DEAD * own.max(), magnitude.float().flatten() / own, 1.0)
+    gain = own.new_zeros(len(lengths))
     gain[first : first + count] = ratio - 1
     shift = None if bias is None else -gain * bias.to(gain)
     return factors._replace(up=ratio[:, None] * factors.up.float(), gain=gain, shift=shift)
@@ -73,17 +76,22 @@ def delta_weight(factors: Factors, weight: Tensor | None = None) -> Tensor:
     """
     down = factors.down.float()
     delta = factors.scale * (factors.up.float() @ down.flatten(1)).reshape(-1, *down.shape[1:])
-    if factors.gain is None:
-        return delta
-    return delta + _narrow(factors.gain[:, None] * weight.to(factors.gain).flatten(1), factors.rows, 0).view(delta.shape)
+    return delta if factors.gain is None else delta + _gained(factors, weight).view(delta.shape)
 
 
 def delta_square(factors: Factors, weight: Tensor | None = None) -> float:
     """The squared Frobenius norm of `delta_weight`, from products of its small side: ||B A||^2 = sum(B^T B * A A^T)."""
-    if factors.gain is not None:
-        return float(delta_weight(factors, weight).double().square().sum())
-    up, down = factors.up.double(), factors.down.double().flatten(1)
-    return factors.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
+    up, down = factors.scale * factors.up.double(), factors.down.double().flatten(1)
+    square = float(((up.t() @ up) * (down @ down.t())).sum())
+    if factors.gain is None:
+        return square
+    own = _gained(factors, weight)
+    return square + float(own.square().sum(dtype=torch.float64)) + 2 * float(((own @ down.t().float()) * up).sum(dtype=torch.float64))
+
+
+def _gained(factors: Factors, weight: Tensor) -> Tensor:
+    """(n, in * kernel) what a DoRA's gain alone adds to the rows written to."""
+    return _narrow(factors.gain[:, None] * weight.to(factors.gain).flatten(1), factors.rows, 0)
 
 
 class _Together:
@@ -159,7 +167,8 @@ class _Together:
 
 
 class _Apart:
-    """Adapters of a linear layer, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up with zeros to one r.
+    """Adapters of a linear layer or a 1x1 convolution, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up
+    with zeros to one r.
 
     down (P, in, r); ups: (rows, first column, B (P, columns, n)).
     """
@@ -170,7 +179,7 @@ class _Apart:
         self._of = sorted({places[owner] for owner, _ in flat})
         downs: list[list[Tensor]] = [[] for _ in self._of]
         gains: list[list[tuple[int, float]]] = [[] for _ in self._of]
-        self.ups, first = [], 0
+        self.ups, first, inputs = [], 0, flat[0][1].down[0].numel()
         for rows in _spans(factors for _, factors in flat):
             own = [[item for item in flat if item[1].rows == rows and places[item[0]] == place] for place in self._of]
             width = max(sum(len(factors.down) for _, factors in items) for items in own)
@@ -179,12 +188,12 @@ class _Apart:
                 filled = 0
                 for owner, factors in items:
                     rank = len(factors.down)
-                    downs[at].append(factors.down.float())
+                    downs[at].append(factors.down.flatten(1).float())
                     gains[at] += [(owner, factors.scale)] * rank
                     up[at, filled : filled + rank] = factors.up.float().t()
                     filled += rank
                 if filled < width:
-                    downs[at].append(torch.zeros(width - filled, flat[0][1].down.shape[1]))
+                    downs[at].append(torch.zeros(width - filled, inputs))
                     gains[at] += [(-1, 0.0)] * (width - filled)
             self.ups.append((rows, first, up.to(device, dtype)))
             first += width
@@ -228,6 +237,15 @@ class _Apart:
         self._parts.clear()
         self._cut()
 
+    def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
+        """Positions are rows here, which they are not in memory: both sides are turned over."""
+        if x.shape[2:].numel() != self.shares.tokens:
+            self.shares.missed = True
+            return
+        added = y.new_zeros(len(y), self.shares.tokens, y.shape[1])
+        self.add_linear(added, x.flatten(2).transpose(1, 2).contiguous())
+        y.view(*y.shape[:2], -1).add_(added.transpose(1, 2))
+
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
@@ -241,50 +259,60 @@ class _Magnitudes:
     """What the DoRAs of a layer make of its own output y: y + sum_i s_i S_i (g_i y + h_i). gains, shifts (I, out)."""
 
     def __init__(self, flat: Sequence[tuple[int, Factors]], device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
         self._owners = torch.tensor([owner for owner, _ in flat])
-        self.gains = torch.stack([factors.gain for _, factors in flat]).to(device, dtype)
-        shifts = [torch.zeros_like(factors.gain) if factors.shift is None else factors.shift for _, factors in flat]
-        self.shifts = torch.stack(shifts).to(device, dtype)
+        self._gains = torch.stack([factors.gain for _, factors in flat])
+        self._shifts = torch.stack([torch.zeros_like(one.gain) if one.shift is None else one.shift for _, one in flat])
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> tuple:
-        """What `use` takes: how much of each acts on the rows that are shared out (1 or B, tokens or 1, I), and on those past them (I,)."""
-        strength = torch.tensor(strengths, dtype=torch.float32)[self._owners].to(self.gains)
+        """What `use` takes: gains and shifts times the strengths, the place of each, which have none, and the shares."""
+        strength = torch.tensor(strengths, dtype=torch.float32)[self._owners][:, None]
+        both = [(strength * part).to(self.device, self.dtype) for part in (self._gains, self._shifts)]
         own = [places[owner] for owner in self._owners.tolist()]
         if shares is None or all(place is None for place in own):
-            return strength[None, None], strength, None
-        free = torch.tensor([place is None for place in own], device=self.gains.device)
-        rows = shares.rows.movedim(0, -1)[..., torch.tensor([place or 0 for place in own], device=shares.rows.device)].to(self.gains)
-        return rows.masked_fill(free, 1.0) * strength, strength * free, shares
+            return *both, None, None, None
+        columns = torch.tensor([place or 0 for place in own], device=self.device)
+        return *both, columns, torch.tensor([place is None for place in own], device=self.device), shares
 
     def use(self, setting: tuple) -> None:
-        amounts, beyond, self.shares = setting
-        self.amounts, self.beyond = amounts.to(self.gains), beyond.to(self.gains)
+        self.gains, self.shifts, self.columns, self.free, self.shares = setting
+        self._move()
 
     def follow(self, x: Tensor) -> None:
-        self.gains, self.shifts = self.gains.to(x), self.shifts.to(x)
-        self.amounts, self.beyond = self.amounts.to(x), self.beyond.to(x)
+        self.device, self.dtype = x.device, x.dtype
+        self._move()
+
+    def _move(self) -> None:
+        self.gains, self.shifts = (part.to(self.device, self.dtype) for part in (self.gains, self.shifts))
+        if self.shares is not None:
+            self.columns, self.free = self.columns.to(self.device), self.free.to(self.device)
+
+    def _amounts(self, missing: int) -> Tensor:
+        """(B or 1, tokens, I): how much of each acts on a row. Past the rows that are shared out, and on other rows than these (missing
+        less than none), only those without a place act.
+        """
+        if self.shares is None:
+            return self.gains.new_ones(1, 1, len(self.gains))
+        if missing < 0:
+            self.shares.missed = True
+            return self.free.to(self.gains)[None, None]
+        amounts = self.shares.rows.movedim(0, -1)[..., self.columns].masked_fill(self.free, 1.0).to(self.gains)
+        if not missing:
+            return amounts
+        return torch.cat([amounts, self.free.to(self.gains).expand(len(amounts), missing, -1)], dim=1)
 
     def apply_linear(self, y: Tensor) -> None:
-        amounts = self.amounts
-        if y.ndim == 2:
-            amounts = amounts[:, 0]
-        elif self.shares is not None:
-            missing = y.shape[-2] - self.shares.tokens
-            if missing < 0:  # not the sequence that was shared out
-                self.shares.missed, amounts = True, self.beyond
-            elif missing:
-                amounts = torch.cat([amounts, self.beyond.expand(amounts.shape[0], missing, -1)], dim=1)
-        self._apply(y, amounts @ self.gains, amounts @ self.shifts)
+        if y.ndim == 2:  # one row for each picture of the batch
+            amounts = self._amounts(0)[:, 0]
+        else:
+            amounts = self._amounts(y.shape[-2] - self.shares.tokens if self.shares is not None else 0)
+        y.addcmul_(y, (amounts @ self.gains).to(y.dtype)).add_(amounts @ self.shifts)
 
     def apply_convolution(self, y: Tensor) -> None:
-        flat, amounts = y.view(*y.shape[:2], -1), self.amounts
-        if self.shares is not None and flat.shape[-1] != self.shares.tokens:
-            self.shares.missed, amounts = True, self.beyond[None, None]
-        self._apply(flat, (amounts @ self.gains).transpose(1, 2), (amounts @ self.shifts).transpose(1, 2))
-
-    @staticmethod
-    def _apply(y: Tensor, gain: Tensor, shift: Tensor) -> None:
-        y.add_((y * gain).add_(shift))
+        flat = y.view(*y.shape[:2], -1)
+        other = self.shares is not None and flat.shape[-1] != self.shares.tokens
+        amounts = self._amounts(-1 if other else 0)
+        flat.addcmul_(flat, (amounts @ self.gains).transpose(1, 2).to(y.dtype)).add_((amounts @ self.shifts).transpose(1, 2))
 
 
 class Setting(NamedTuple):
@@ -311,6 +339,11 @@ class Stack:
     def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
         self.convolution, self.device, self.dtype = convolution, device, dtype
+        # Whether each row is computed from one row: a linear layer, or a convolution that looks at one position and steps by one.
+        self._by_position = convolution is None or (
+            all(factors.down.shape[2:].numel() == 1 for _, factors in self._flat)
+            and all(one == (0 if key == "padding" else 1) for key, sizes in convolution.items() for one in sizes)
+        )
         self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | None]] = {}
         dora = [item for item in self._flat if item[1].gain is not None]
         self._magnitudes = _Magnitudes(dora, device, dtype) if dora else None
@@ -366,7 +399,7 @@ class Stack:
         for owner, factors in self._flat:
             if places[owner] is not None:
                 ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
-        if self.convolution is not None or shares.tokens == 1 or len(ranks) < 2:
+        if not self._by_position or shares.tokens == 1 or len(ranks) < 2:
             return False
         return shares.picked * max(ranks.values()) < self.WORTH * shares.tokens * sum(ranks.values())
 

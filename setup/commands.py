@@ -18,6 +18,7 @@ from .server import PACK, Server, is_free
 
 TIERS = ("ops", "host", "server", "browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NO_TESTS = 5  # pytest's exit status where nothing was collected
 MOST_WORKERS = 4  # test processes; each of them may hold a host of 2 GB
 
 
@@ -232,27 +233,36 @@ def run_check(ready: Ready, *command) -> Count:
 
 
 def run_tier(ready: Ready, tier: str, options, required: set[str]) -> Count:
-    """Run one folder of tests in processes of its own, so that the host of one tier cannot reach another: one for each core, which share
-    the cores out, because threads of several that wait for one another on a core are slower than one thread by far.
+    """Run one folder of tests in processes of its own, so that the host of one tier cannot reach another: as many as there are cores, and
+    then the tests that time something, one at a time with the machine to themselves.
     """
     print(f"\n== tests/{tier}", flush=True)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, MOST_WORKERS) if options.device == "cpu" else 1
+    if workers == 1:
+        return run_pytest(ready, tier, options, required)
+    # Each has its share of the cores: threads that wait for one another on a core are slower than one thread by far.
+    together = ("-n", workers, "--dist", "worksteal", "-m", "not alone")
+    return run_pytest(ready, tier, options, required, *together, threads=cores // workers) + run_pytest(
+        ready, tier, options, required, "-m", "alone", may_be_none=True
+    )
+
+
+def run_pytest(ready: Ready, tier: str, options, required: set[str], *how, threads: int | None = None, may_be_none=False) -> Count:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         status = ready.inside(
-            *("pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", f"cache_dir={ready.home / 'pytest'}"),
-            *("-n", workers, "--dist", "worksteal") * (workers > 1),
+            *("pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-o", f"cache_dir={ready.home / 'pytest'}", *how),
             *("--device", options.device, "--junitxml", report, ROOT / "tests" / tier, *options.passed_on),
             variables={
                 "CONCEPT_NODES_CHROMIUM": browser() or "",
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores // workers)),
                 "CONCEPT_NODES_REQUIRE": " ".join(required),
                 "HYPOTHESIS_STORAGE_DIRECTORY": str(ready.home / "hypothesis"),
-            },
+            }
+            | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
         )
         counted = read_report(report)
-    if status and not counted.failed and not (status == 5 and options.passed_on):
+    if status and not counted.failed and not (status == NO_TESTS and (options.passed_on or may_be_none)):
         return counted + Count(failed=1)  # pytest stopped before or beside its tests: nothing collected, a broken conftest, a crash
     return counted
 

@@ -605,6 +605,7 @@ def large_document() -> str:
     return json.dumps({"version": 1, "overlap": "normalize", "regions": regions}, separators=(",", ":"))
 
 
+@pytest.mark.alone
 def test_a_large_document_is_drawn_on_without_a_pause(painter):
     """20 regions, 5,000 points: what handler and frame take for each pointer event, and no long task of ours."""
     text = large_document()

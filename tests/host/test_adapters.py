@@ -251,7 +251,7 @@ class TestDoRA:
         # One that is on a fused layer as a whole and on its parts would divide by lengths that its own other half has changed.
         state = with_magnitudes(model, {key: tensor for key, tensor in in_style(model, style).items() if "to_qkv_mlp_proj" not in key})
         placement = adapters.place(model, state, "test")
-        assert f"DoRA on {len(placement.parts)} of them: not linear, exact only at strength 1" in placement.report
+        assert f"DoRA on {len(placement.parts)} of them, which is not linear: made for strength 1 only" in placement.report
         assert "Not applied" not in placement.report
         stock = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0)[0]
         for name, part in placement.parts.items():
@@ -283,6 +283,7 @@ class TestDoRA:
         stock = comfy.sd.load_lora_for_models(model, None, models.lora(model), 1.0, 0)[0]
         models.sample(stock)
         assert f"{NAME}.weight" in stock.backup
+        adapters._LENGTHS.clear()
         assert torch.equal(adapters.place(stock, state, "test").parts[NAME].factors[0].gain, before)
 
     def test_scaled_fp8_weights_have_their_length_too(self):
@@ -295,6 +296,15 @@ class TestDoRA:
         model = models.build_packed()
         state = entry({}, OTHER, 32, 32) | with_magnitudes(model, entry({}, NAME, 32, 32))
         assert "1 DoRA on packed layers" in adapters.place(model, state, "test").report
+
+    def test_weights_are_read_once(self, built, monkeypatch):
+        model = built["sd15"]
+        state = with_magnitudes(model, entry({}, NAME, 32, 32))
+        adapters.place(model, state, "test")
+        read, tensor = [], adapters.Held.tensor
+        monkeypatch.setattr(adapters.Held, "tensor", lambda held, end: read.append(end) or tensor(held, end))
+        adapters.place(model.clone(), state, "test")
+        assert read == ["bias"]
 
     def test_comparable_units(self):
         model = models.build("sd15")

@@ -630,6 +630,7 @@ def test_nothing_of_a_run_outlives_it(plain, put):
         gc.enable()
 
 
+@pytest.mark.alone
 def test_setting_up_a_whole_unet_takes_a_tenth_of_a_second():
     """A rank 4 adapter on all layers of the full-size SD1.5 UNet, whose weights need not exist for that."""
     patcher = models.full_size("sd15")

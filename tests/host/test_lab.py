@@ -74,6 +74,7 @@ class TestLoading:
         for key, tensor in tensors.items():
             assert torch.equal(arrived[key].cpu().float(), tensor.float()), key
 
+    @pytest.mark.alone
     @pytest.mark.parametrize("name", lab.MODELS)
     def test_loading_is_quick(self, name):
         seconds = []

@@ -164,6 +164,7 @@ def test_no_help_page_is_left_of_a_node_that_is_not():
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(SCHEMAS)
 
 
+@pytest.mark.alone
 def test_pack_loads_fast(tmp_path):
     command = [sys.executable, "-c", TIMED_LOADING, str(ROOT / "setup" / "inside.py"), os.environ["COMFYUI_PATH"], str(tmp_path)]
     # From another folder than the pack's, whose `nodes` would hide the host's.

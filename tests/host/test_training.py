@@ -109,11 +109,14 @@ class TestOnEveryFamily:
             again = merged.predict(x.clone(), sigma, merged.condition(*text(model, 10), x), 0.0)
         torch.testing.assert_close(own, again, **CLOSE)
 
-    def test_memory_is_what_a_step_takes(self, kind):
-        """The step on shapes alone, against the same step with numbers, counted the same way."""
+    @pytest.mark.parametrize(("rank", "strengths"), [(2, (1.0,)), (64, (1.0, -1.0))])
+    def test_memory_is_what_a_step_takes(self, kind, rank, strengths):
+        """The step on shapes alone, against the same step with numbers, counted the same way. Large adapters show whether their gradients
+        are counted.
+        """
         model = models.build(kind)
-        with trainee(model) as learner:
-            objective, _ = begun(learner, model)
+        with Trainee(model, rank=rank, alpha=1.0, seed=1) as learner:
+            objective, _ = begun(learner, model, strengths=strengths)
             given = [*learner.model.parameters(), *learner.parameters()]
             for learner.thrifty in (False, True):
                 with _Counted(given) as counted:

@@ -196,7 +196,7 @@ class TestDoRA:
         merged = weight.clone()
         flat = own.flatten(1).norm(dim=1).view(-1, *[1] * (own.ndim - 1))
         merged[first : first + count] = magnitude.view(flat.shape) / flat * (own + delta_weight(plain))
-        return weight, bias, decomposed(plain, magnitude, weight, bias), merged
+        return weight, bias, decomposed(plain, magnitude, weight.flatten(1).norm(dim=1), bias), merged
 
     def run(self, weight, bias, x, kernel=()):
         return F.conv2d(x, weight, bias, **CONVOLUTION) if kernel else F.linear(x, weight, bias)
@@ -275,6 +275,13 @@ class TestDoRA:
         weight, _, dora, merged = self.made(rows=rows)
         torch.testing.assert_close(whole(dora, (6, 5), weight), merged - weight, rtol=1e-4, atol=1e-5)
         assert delta_square(dora, weight) == pytest.approx(float((merged - weight).square().sum()), rel=1e-4)
+
+    def test_an_output_without_weights_is_left_at_its_length(self):
+        plain, lengths = factors(), torch.ones(6)
+        lengths[2] = 1e-9
+        dora = decomposed(plain, torch.full((6, 1), 2.0), lengths)
+        assert dora.gain.tolist() == [1, 1, 0, 1, 1, 1]
+        assert torch.equal(dora.up[2], plain.up[2])
 
     def test_half_precision(self):
         weight, bias, dora, merged = self.made()

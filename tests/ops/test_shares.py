@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concept_nodes.ops.attention import blend
-from concept_nodes.ops.lora import Factors, Stack
+from concept_nodes.ops.lora import Factors, Stack, _Apart
 from concept_nodes.ops.shares import Shares
 
 CPU = torch.device("cpu")
@@ -152,6 +152,32 @@ class TestStackInPlaces:
         plain = stack(torch.zeros(2, 6, 4, 4), True, x)
         stack.set_strengths([1.0], [0], Shares(rows))
         torch.testing.assert_close(stack(torch.zeros(2, 6, 4, 4), True, x), plain * rows.view(1, 1, 4, 4))
+
+    @pytest.mark.parametrize("worth", [0.0, 100.0], ids=["together", "apart"])
+    @pytest.mark.parametrize("hard", [False, True])
+    def test_a_convolution_of_one_position_is_masked_like_a_linear_layer(self, monkeypatch, worth, hard):
+        monkeypatch.setattr(Stack, "WORTH", worth)
+        adapters = [[Factors(random(rank, 10, 1, 1, seed=rank), random(12, rank, seed=rank + 9), 0.5)] for rank in (2, 5, 3)]
+        convolution = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+        rows, x = shared(3, 24, seed=2, hard=hard), random(2, 10, 4, 6, seed=7)
+        stack = Stack(adapters, CPU, torch.float32, convolution)
+        stack.set_strengths([0.7, -0.4, 1.0], range(3), Shares(rows))
+        assert isinstance(stack._placed, _Apart) == (worth > 0)
+        y = stack(torch.zeros(2, 12, 4, 6), True, x)
+        flat = [[Factors(one.down.flatten(1), one.up, one.scale)] for (one,) in adapters]
+        expected = self.expected(flat, [0.7, -0.4, 1.0], range(3), rows, x.flatten(2).transpose(1, 2), 12)
+        torch.testing.assert_close(y.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
+        small = random(2, 10, 2, 2, seed=8)
+        assert torch.count_nonzero(stack(torch.zeros(2, 12, 2, 2), True, small)) == 0
+
+    @pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"padding": (1, 1)}, {"kernel": (3, 3)}])
+    def test_other_convolutions_are_not_taken_apart(self, monkeypatch, change):
+        monkeypatch.setattr(Stack, "WORTH", 100.0)
+        kernel = change.pop("kernel", (1, 1))
+        convolution = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} | change
+        stack = Stack([[Factors(random(2, 5, *kernel), random(6, 2))] for _ in range(3)], CPU, torch.float32, convolution)
+        stack.set_strengths([1.0] * 3, range(3), Shares(shared(3, 16, seed=1)))
+        assert not isinstance(stack._placed, _Apart)
 
 
 class TestBlend:

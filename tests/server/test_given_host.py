@@ -18,6 +18,7 @@ from concept_nodes.setup.server import PACK, free_port
 from pack import ROOT
 from pictures import pixels
 
+pytestmark = pytest.mark.alone
 SECONDS = 120
 SECONDS_OF_A_WARM_DEMO = 60
 # What a user keeps in a ComfyUI beside its code; it may be hundreds of gigabytes.

@@ -25,6 +25,7 @@ def test_pack_loads_without_a_warning(host):
     assert complaints == []
 
 
+@pytest.mark.alone
 def test_pack_loads_fast(host):
     loaded = re.search(rf"([0-9.]+) seconds(.*): .*{PACK}", host.said)
     assert loaded, "the host's list of import times does not name the pack"

@@ -85,6 +85,7 @@ def test_two_prompts_queued_at_once_both_end_with_their_own_picture(client, grap
     assert dark.mean() < light.mean()
 
 
+@pytest.mark.alone
 def test_a_picture_takes_no_longer_than_promised(client, graph):
     client.run(graph)
     seconds = []
