@@ -63,15 +63,31 @@ def _its_modules(folder: Path) -> Iterator[types.ModuleType]:
 
 
 def train(checkout: Path, slider: str, *, seed: int = 1, **changes) -> tuple[dict[str, torch.Tensor], float]:
-    """A slider's LoRA by the released trainer from the words of its own workflow, and the seconds that it took."""
+    """A slider's LoRA by the released trainer from the words of its own workflow, and the seconds of its training loop alone."""
     rows = prompts(sliders.settings(sliders.workflow("unet", slider)))
-    with _its_modules(checkout / "trainscripts" / "textsliders") as its, tempfile.TemporaryDirectory() as scratch:
+    # It draws a bar for every walk of every step.
+    quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+    with (
+        torch.inference_mode(False),  # or the weights below could not be trained through
+        torch.enable_grad(),
+        _its_modules(checkout / "trainscripts" / "textsliders") as its,
+        tempfile.TemporaryDirectory() as scratch,
+        quiet[0],
+        quiet[1],
+    ):
         unet, tokenizer = export.export_unet(lab.WEIGHTS), lab.tokenizer()
         unet.enable_xformers_memory_efficient_attention = lambda: None
         tokenizer.model_max_length = lab.TEXT_CONFIG["max_position_embeddings"]
         scheduler = its.model_util.create_noise_scheduler("ddim", prediction_type="epsilon")
         its.model_util.load_models = lambda *args, **kwargs: (tokenizer, load_encoder(lab.WEIGHTS, "cpu"), unet, scheduler)
         its.train_util.VAE_SCALE_FACTOR = lab.downscale("unet")
+        began, flush = [], its.flush
+
+        def flushed():  # what it calls between the preparation and the loop, and after each step
+            flush()
+            began.append(time.monotonic())
+
+        its.flush = flushed
         config = its.RootConfig(
             prompts_file="",
             pretrained_model={"name_or_path": "lab"},
@@ -88,14 +104,5 @@ def train(checkout: Path, slider: str, *, seed: int = 1, **changes) -> tuple[dic
             for target, _, more, less in rows
         ]
         torch.manual_seed(seed)
-        began = time.monotonic()
-        # It draws a bar for every walk of every step.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            its.train(config, asked, torch.device("cpu"))
-        seconds = time.monotonic() - began
-        return torch.load(Path(scratch) / f"{slider}_last.pt", weights_only=True), seconds
+        its.train(config, asked, torch.device("cpu"))
+        return torch.load(Path(scratch) / f"{slider}_last.pt", weights_only=True), time.monotonic() - began[0]

@@ -1,8 +1,7 @@
 """How well the lab's models draw what captions ask, and how well the eyes see it. `python run.py bench lab`.
 
 Every row draws new scenes' complete captions through the host's sampler at 128 pixels (other wordings: 64): 20 Euler steps, CFG 4. The
-first eye reads; the second one says
-whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
+first eye reads; the second one says whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
 """
 
 from __future__ import annotations

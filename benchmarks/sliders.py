@@ -1,6 +1,6 @@
 """What the lab's sliders do to pictures, beside every other way of moving the same thing.
 
-Each shipped slider (five for each lab model) draws one prompt a seed at nine strengths from -2 to 2; the eye reads the pictures. Figures,
+Each shipped slider of a lab model draws one prompt a seed at nine strengths from -2 to 2; the eye reads the pictures. Figures,
 under `<model>_<slider>_`, each over seeds:
 
     spearman         mean rank correlation of strength and attribute
@@ -61,7 +61,8 @@ ENDS = [-2.0, 2.0]
 SEEDS, ARM_SEEDS, SAMPLE = 200, 48, 24
 FIRST_SEED = 20_000
 EFFECT = 0.25  # of the range, each way: where arms are compared
-KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"  # sweeps that are done, so that a stopped run goes on
+# Sweeps that are done, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
+KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"
 
 CLAIMS = {
     "spearman": Claim(low=0.95),
@@ -128,8 +129,11 @@ class Bench:
     def __init__(self, name: str, released: Path | None = None):
         self.name, self.lab, self.eye, self.released = name, lab.load(name), Eye.load(), released
         self.start = family_of(self.lab.model.model).slider_start
-        own = [lab.WEIGHTS / f"{part}.safetensors" for part in (name, "text", "eye")]
-        own += [Path(__file__), Path(_trainings.__file__), Path(attributes.__file__), *sorted(sliders.WORKFLOWS.iterdir())]
+        own = [lab.WEIGHTS / f"{part}.safetensors" for part in (name, "text", "eye", lab.VAES[name])]
+        own += [Path(module.__file__) for module in (_trainings, _released, attributes)] + [
+            Path(__file__),
+            *sorted(sliders.WORKFLOWS.iterdir()),
+        ]
         self.about = hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=8).hexdigest()
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
@@ -235,6 +239,9 @@ class Bench:
             torch.save(made, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         return torch.load(file, weights_only=True)
+
+    def by_released_trainer(self, slider: str) -> tuple[dict[str, torch.Tensor], float]:
+        return self.kept(f"{slider} released trainer", "", lambda: _released.train(self.released, slider))
 
     def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
         began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
@@ -378,7 +385,7 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, a
     figures = {
         "spearman": mean(spearman(whole(ours.attribute))),
         "span": mean(span(slider, whole(ours.attribute))),
-        "seen": share(~ours.attribute.isnan().flatten()),
+        "seen": mean((~ours.attribute.isnan()).double().mean(1)),
         "valid_zero": share(ours.valid[:, STRENGTHS.index(0.0)] > 0),
     }
     arms = [arm(bench.name, slider, "ours", ours)]
@@ -401,7 +408,7 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, a
             sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
             arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
         if bench.released and bench.name == "unet" and slider in TIMED:
-            lora, seconds = bench.kept(f"{slider} released trainer", of, lambda: _released.train(bench.released, slider))
+            lora, seconds = bench.by_released_trainer(slider)
             name = "released trainer"
             sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
             arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
@@ -434,7 +441,7 @@ def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str
 
     time_of("published loop", lambda: _trainings.released(bench.name, slider))
     if bench.released:
-        time_of("released trainer", lambda: _released.train(bench.released, slider))
+        time_of("released trainer", lambda: bench.by_released_trainer(slider))
     left, figures = {"published loop": "train_time_ratio", "released trainer": "train_time_to_released"}, {}
     left = {rival: key for rival, key in left.items() if rival in spans}
     for part in TRAINED:
@@ -546,7 +553,7 @@ def _measure(sample: bool, released: Path | None = None, alone: bool = False):
                     figures |= found
                     arms += told
             found, told = moving(bench, names[0])
-            figures |= found
+            figures |= {key: figure for key, figure in found.items() if not (sample and key.endswith("_seconds"))}  # another machine's
             arms += told
             if not sample and len(names) > 1:
                 found, told = composed(bench, names, seeds[:ARM_SEEDS])

@@ -1,6 +1,7 @@
 """What the documentation says of the pack is what the committed benchmarks found."""
 
 import json
+import re
 
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks._report import RESULTS, Figure
@@ -19,7 +20,7 @@ def figures() -> dict[str, Figure]:
 def shown(key: str, figure: Figure) -> str:
     if key == "stock_difference":
         return f"{figure.value:.0e}".replace("e-0", "e-")
-    value, low, high = (f"{number:.2f}".replace("0.", ".") for number in (figure.value, figure.low, figure.high))
+    value, low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{number:.2f}") for number in (figure.value, figure.low, figure.high))
     return f"{value} [{low}, {high}]"
 
 
