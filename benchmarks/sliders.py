@@ -1,11 +1,12 @@
 """What the lab's sliders do to pictures, beside every other way of moving the same thing.
 
-Each shipped slider (five for each lab model) draws one prompt a seed at nine strengths from -2 to 2; the eye reads the pictures. Figures,
+Each shipped slider of a lab model draws one prompt a seed at nine strengths from -2 to 2; the eye reads the pictures. Figures,
 under `<model>_<slider>_`, each over seeds:
 
     spearman         mean rank correlation of strength and attribute
     span             attribute at +2 minus at -2, as a share of its range in the scenes
     seen             share of pictures in which there is anything to measure; the two above leave out seeds with one unseen
+    valid_zero       share of valid pictures at strength 0
     validity_loss    share of valid pictures at strength 0, minus that at the worst strength
     position_shift   pixels that the object moves between strength 0 and the ends, from the family's default start on
     interference     change of all other attributes, as a share of their ranges, where the attribute has moved by a quarter of its range
@@ -15,15 +16,22 @@ under `<model>_<slider>_`, each over seeds:
     control_span     span of a random LoRA of the same layers and norms: small, or the measure has no power
 
 and of five sliders at once, under `<model>_`: `compose5`, the least share of its solo effect that one of them keeps, and how many random
-ones the model bears (`compose_10`, `_20`, `_50`: share of valid pictures).
+ones the model bears (`compose_10`, `_20`, `_50`: share of valid pictures); and what moving a strength costs between two pictures:
+`repatch_count`, weights written (the stock loader's count is an arm), and `set_up_seconds`, from the new strength to the first model call.
 
 Prompt-based arms: *weighting* (the pole's word weighted as the host does), *swap* (the pole's prompt for a part of the steps) and
 *interpolation* (between the prompts' embeddings). Trained arms on the UNet: *published loop* (as the released trainer walks), *full rank*
-and *image pairs*. Training-free: *embedding* and *guidance* of Slider from Prompts.
+and *image pairs*. Training-free: *embedding* and *guidance* of Slider from Prompts. With `--released CHECKOUT` (a clone of
+github.com/rohitgandikota/sliders; needs the development extras) also the *released trainer* itself, for two sliders of the UNet:
+
+    interference_to_released, train_time_to_released   ours over it
+
+`--ours` measures the shipped sliders alone, in half an hour; what is claimed against the other arms then counts as not met.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -45,7 +53,7 @@ from ..lab.eye import Eye
 from ..lab.measure import draw_latents
 from ..lab.scenes import COLOURS, SHAPES, SIZES
 from ..nodes.sliders import Slider, SliderPrompts
-from . import _report, _trainings
+from . import _released, _report, _trainings
 from ._report import Claim, Figure, mean, share
 
 STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
@@ -53,7 +61,8 @@ ENDS = [-2.0, 2.0]
 SEEDS, ARM_SEEDS, SAMPLE = 200, 48, 24
 FIRST_SEED = 20_000
 EFFECT = 0.25  # of the range, each way: where arms are compared
-KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"  # sweeps that are done, so that a stopped run goes on
+# Sweeps that are done, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
+KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"
 
 CLAIMS = {
     "spearman": Claim(low=0.95),
@@ -68,6 +77,7 @@ CLAIMS = {
 }
 TO_PUBLISHED = {"interference_to_published": Claim(high=1.0)}  # of the UNet's text sliders
 TIMES = {"train_seconds": Claim(high=240), "train_time_ratio": Claim(high=0.5)}
+TO_RELEASED = {"interference_to_released": Claim(high=1.0), "train_time_to_released": Claim(high=0.5)}
 TRAINED = (0.2, 0.3, 0.4, 0.6, 1.0)  # shares of a workflow's steps
 TIMED = ("size", "background")
 PROMPT_ARMS = ("weighting", "swap", "interpolation")
@@ -116,11 +126,14 @@ Drawer = Callable[[list[str], list[int], float], torch.Tensor]
 class Bench:
     """One lab model, its eye, and ways of drawing a prompt at a strength."""
 
-    def __init__(self, name: str):
-        self.name, self.lab, self.eye = name, lab.load(name), Eye.load()
+    def __init__(self, name: str, released: Path | None = None):
+        self.name, self.lab, self.eye, self.released = name, lab.load(name), Eye.load(), released
         self.start = family_of(self.lab.model.model).slider_start
-        own = [lab.WEIGHTS / f"{part}.safetensors" for part in (name, "text", "eye")]
-        own += [Path(__file__), Path(_trainings.__file__), Path(attributes.__file__), *sorted(sliders.WORKFLOWS.iterdir())]
+        own = [lab.WEIGHTS / f"{part}.safetensors" for part in (name, "text", "eye", lab.VAES[name])]
+        own += [Path(module.__file__) for module in (_trainings, _released, attributes)] + [
+            Path(__file__),
+            *sorted(sliders.WORKFLOWS.iterdir()),
+        ]
         self.about = hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=8).hexdigest()
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
@@ -226,6 +239,9 @@ class Bench:
             torch.save(made, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
         return torch.load(file, weights_only=True)
+
+    def by_released_trainer(self, slider: str) -> tuple[dict[str, torch.Tensor], float]:
+        return self.kept(f"{slider} released trainer", "", lambda: _released.train(self.released, slider))
 
     def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
         began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
@@ -360,20 +376,20 @@ def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
     }
 
 
-def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -> tuple[dict[str, Figure], list[dict]]:
-    """The figures of one slider, and what each arm did."""
-    file = sliders.file_of(bench.name, slider)
+def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, alone: bool = False) -> tuple[dict[str, Figure], list[dict]]:
+    """The figures of one slider, and what each arm did; `alone`: without those that it is compared with."""
+    file, few = sliders.file_of(bench.name, slider), seeds[:ARM_SEEDS]
     state = adapters.read(resolve("loras", file))
     of = hashlib.blake2b(Path(resolve("loras", file)).read_bytes(), digest_size=8).hexdigest()
     ours = bench.sweep(slider, "ours", bench.slider(file), seeds, STRENGTHS, of)
     figures = {
         "spearman": mean(spearman(whole(ours.attribute))),
         "span": mean(span(slider, whole(ours.attribute))),
-        "seen": share(~ours.attribute.isnan().flatten()),
+        "seen": mean((~ours.attribute.isnan()).double().mean(1)),
+        "valid_zero": share(ours.valid[:, STRENGTHS.index(0.0)] > 0),
     }
     arms = [arm(bench.name, slider, "ours", ours)]
     if full:
-        few = seeds[:ARM_SEEDS]
         lost = ours.valid[:, [STRENGTHS.index(0.0)]] - ours.valid
         figures["validity_loss"] = mean(lost[:, int(lost.mean(0).argmax())])
         late = bench.sweep(slider, "ours, late", bench.slider(file, start=bench.start), few, [-2.0, 0.0, 2.0], of)
@@ -383,11 +399,17 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -
         twin = bench.sweep(slider, "random LoRA of equal norms", bench.slider("", lora=random_twin(state)), few, [-2.0, 0.0, 2.0], of)
         figures["control_span"] = mean(span(slider, whole(twin.attribute)).abs())
         arms.append(arm(bench.name, slider, "random LoRA of equal norms", twin))
+    if full and not alone:
         sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), few, STRENGTHS) for name in PROMPT_ARMS}
         sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), few, STRENGTHS) for form in ("embedding", "guidance")}
         arms += [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
         for name, way in _trainings.WAYS.items() if bench.name == "unet" and slider != "neon" else ():
             lora, seconds = bench.kept(f"{slider} {name}", of, lambda way=way: way(bench.name, slider))
+            sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
+            arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
+        if bench.released and bench.name == "unet" and slider in TIMED:
+            lora, seconds = bench.by_released_trainer(slider)
+            name = "released trainer"
             sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
             arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
         mine = at_effect(slider, ours)
@@ -397,33 +419,40 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -
             figures["interference_ratio"] = compared
         if "published loop" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["published loop"])])):
             figures["interference_to_published"] = compared
+        if "released trainer" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["released trainer"])])):
+            figures["interference_to_released"] = compared
         figures["free_spearman"] = mean(spearman(whole(sweeps["embedding"].attribute)))
     return {f"{bench.name}_{slider}_{key}": figure for key, figure in figures.items()}, arms
 
 
 def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
-    """Seconds that the slider's workflow trains, and how long it trains until it has the published loop's effect, over that loop's time:
-    the first of TRAINED steps whose span between -1 and 1 is no smaller.
+    """Seconds that the slider's workflow trains, and how long it trains until it has a rival's effect, over the rival's time: the first of
+    TRAINED steps whose span between -1 and 1 is no smaller.
     """
-    of = json.dumps(sliders.settings(sliders.workflow(bench.name, slider)))
+    graph = sliders.workflow(bench.name, slider)
+    of, steps = json.dumps(sliders.settings(graph)), sliders.settings(graph)["steps"]
     told, spans, took = [], {}, {}
-    steps = sliders.settings(sliders.workflow(bench.name, slider))["steps"]
-    ways = {"published loop": lambda: _trainings.released(bench.name, slider)} | {
-        f"ours, {share:.0%}": lambda share=share: _trainings.trained(sliders.workflow(bench.name, slider), steps=round(steps * share))
-        for share in TRAINED
-    }
-    for name, way in ways.items():
+
+    def time_of(name: str, way: Callable) -> None:
         lora, took[name] = bench.kept([f"time of {slider}", name], of, way)
         sweep = bench.sweep(slider, f"time, {name}", bench.slider("", lora=lora), seeds, [-1.0, 0.0, 1.0], of)
         spans[name] = float(span(slider, whole(sweep.attribute)).mean())
         told.append({"model": bench.name, "slider": slider, "arm": name, "seconds": round(took[name], 1), "span_1": round(spans[name], 4)})
-        if name != "published loop" and spans[name] >= spans["published loop"]:
-            alone = {"train_time_ratio": took[name] / took["published loop"]}
+
+    time_of("published loop", lambda: _trainings.released(bench.name, slider))
+    if bench.released:
+        time_of("released trainer", lambda: bench.by_released_trainer(slider))
+    left, figures = {"published loop": "train_time_ratio", "released trainer": "train_time_to_released"}, {}
+    left = {rival: key for rival, key in left.items() if rival in spans}
+    for part in TRAINED:
+        name = f"ours, {part:.0%}"
+        time_of(name, lambda part=part: _trainings.trained(sliders.workflow(bench.name, slider), steps=round(steps * part)))
+        for rival in [rival for rival in left if spans[name] >= spans[rival]]:
+            figures[left.pop(rival)] = took[name] / took[rival]
+        if not left:  # a rival that is never reached has no figure: not met
             break
-    else:
-        alone = {}  # never as far: not met
-    alone["train_seconds"] = took[name] / TRAINED[len(took) - 2]
-    return {f"{bench.name}_{slider}_{key}": Figure(value, value, value, 1) for key, value in alone.items()}, told
+    figures["train_seconds"] = took[name] / part
+    return {f"{bench.name}_{slider}_{key}": Figure(value, value, value, 1) for key, value in figures.items()}, told
 
 
 def composed(bench: Bench, names: list[str], seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
@@ -459,7 +488,52 @@ def composed(bench: Bench, names: list[str], seeds: list[int]) -> tuple[dict[str
     return {f"{bench.name}_{key}": figure for key, figure in figures.items()}, told
 
 
-def _measure(sample: bool):
+def moving(bench: Bench, name: str) -> tuple[dict[str, Figure], list[dict]]:
+    """What it costs to draw at another strength, by the Slider node and by the stock loader: weights written, and seconds until the model
+    is first called. The model is loaded and has drawn at a first strength.
+    """
+    import comfy.sd
+    from comfy.model_patcher import ModelPatcher
+
+    file, text, written, called = sliders.file_of(bench.name, name), prompt(name, FIRST_SEED), [], []
+    state, plain = adapters.read(resolve("loras", file)), ModelPatcher.patch_weight_to_device
+
+    def counted(self, key, *args, **kwargs):
+        written.append(key)
+        return plain(self, key, *args, **kwargs)
+
+    def first_call(apply_model, options):
+        called.append(time.perf_counter())
+        return apply_model(options["input"], options["timestep"], **options["c"])
+
+    def cost(put) -> tuple[float, int]:
+        bench.drawn([text], [FIRST_SEED], put(0.5))
+        written.clear()
+        called.clear()
+        began = time.perf_counter()
+        model = put(0.6).clone()
+        model.set_model_unet_function_wrapper(first_call)
+        bench.drawn([text], [FIRST_SEED], model)
+        return called[0] - began, len(written)
+
+    ways = {
+        "ours": lambda strength: Slider.execute(bench.lab.model, file, strength, 0.0, 1.0).result[0],
+        "stock loader": lambda strength: comfy.sd.load_lora_for_models(bench.lab.model, None, state, strength, 0.0)[0],
+    }
+    ModelPatcher.patch_weight_to_device = counted
+    try:
+        costs = {way: [cost(put) for _ in range(5)] for way, put in ways.items()}
+    finally:
+        ModelPatcher.patch_weight_to_device = plain
+    seconds, counts = (mean([float(one[at]) for one in costs["ours"]]) for at in (0, 1))
+    told = [
+        {"model": bench.name, "arm": f"moving a strength, {way}", "seconds": [round(one[0], 4) for one in found], "written": found[0][1]}
+        for way, found in costs.items()
+    ]
+    return {f"{bench.name}_repatch_count": counts, f"{bench.name}_set_up_seconds": seconds}, told
+
+
+def _measure(sample: bool, released: Path | None = None, alone: bool = False):
     seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
     figures: dict[str, Figure] = {}
     arms: list[dict] = []
@@ -469,15 +543,18 @@ def _measure(sample: bool):
         seeds = sorted(random.SystemRandom().sample(seeds, SAMPLE))
     with torch.inference_mode():
         for model in dict.fromkeys(model for model, _ in chosen):
-            bench, names = Bench(model), [name for of, name in chosen if of == model]
+            bench, names = Bench(model, released), [name for of, name in chosen if of == model]
             for name in names:
-                found, courses = measure_slider(bench, name, seeds, full=not sample)
+                found, courses = measure_slider(bench, name, seeds, full=not sample, alone=alone)
                 figures |= found
                 arms += courses
-                if not sample and model == "unet" and name in TIMED:
+                if not (sample or alone) and model == "unet" and name in TIMED:
                     found, told = training_time(bench, name, seeds[:ARM_SEEDS])
                     figures |= found
                     arms += told
+            found, told = moving(bench, names[0])
+            figures |= {key: figure for key, figure in found.items() if not (sample and key.endswith("_seconds"))}  # another machine's
+            arms += told
             if not sample and len(names) > 1:
                 found, told = composed(bench, names, seeds[:ARM_SEEDS])
                 figures |= found
@@ -485,15 +562,23 @@ def _measure(sample: bool):
     return figures, arms
 
 
-def claims() -> dict[str, Claim]:
+def claims(released: bool = False) -> dict[str, Claim]:
     """What is claimed of every shipped slider, by the figure's name."""
     made = {f"{model}_{slider}_{key}": claim for model in lab.MODELS for slider in sliders.shipped(model) for key, claim in CLAIMS.items()}
     texts = [slider for slider in sliders.shipped("unet") if slider != "neon"]
     made |= {f"unet_{slider}_{key}": claim for slider in texts for key, claim in TO_PUBLISHED.items()}
-    made |= {f"unet_{slider}_{key}": claim for slider in TIMED for key, claim in TIMES.items() if slider in sliders.shipped("unet")}
+    timed = TIMES | (TO_RELEASED if released else {})
+    made |= {f"unet_{slider}_{key}": claim for slider in TIMED for key, claim in timed.items() if slider in sliders.shipped("unet")}
+    for model in lab.MODELS:
+        if sliders.shipped(model):
+            made |= {f"{model}_repatch_count": Claim(high=0), f"{model}_set_up_seconds": Claim(high=0.1)}
     return made | {f"{model}_compose5": Claim(low=0.8) for model in lab.MODELS if len(sliders.shipped(model)) > 1}
 
 
 def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--released", type=Path)
+    parser.add_argument("--ours", action="store_true")
+    own, argv = parser.parse_known_args(argv)
     lab.show_files()
-    return _report.run("sliders", argv, _measure, claims())
+    return _report.run("sliders", argv, lambda sample: _measure(sample, own.released, own.ours), claims(own.released is not None))

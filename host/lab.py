@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "lab" / "weights"
-LORAS = WEIGHTS.parent / "loras"
+LORAS, CONTROLNETS = WEIGHTS.parent / "loras", WEIGHTS.parent / "controlnets"
 VOCABULARY = 49408
 ROW_SEED = 20261120
 
@@ -41,16 +41,17 @@ VAE_CONFIG = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
-VAE_CONFIGS = {"vae": VAE_CONFIG | {"ch_mult": [1, 2, 2, 2]}}
+# A quarter of the size for the UNet: objects of 16 pixels need more than the two cells of the usual eighth.
+VAE_CONFIGS = {"vae": VAE_CONFIG | {"ch_mult": [1, 2, 2]}, "vae_dit": VAE_CONFIG | {"ch_mult": [1, 2, 2, 2]}}
 UNET_CONFIG = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 64,
-    "num_res_blocks": [1, 1, 1],
-    "channel_mult": [1, 1, 2],
-    "transformer_depth": [1, 1, 1],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "model_channels": 32,
+    "num_res_blocks": [1, 1, 1, 1],
+    "channel_mult": [1, 2, 2, 4],
+    "transformer_depth": [0, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
     "context_dim": 128,
     "num_heads": 4,
@@ -82,6 +83,13 @@ DIT_CONFIG = {
 # Colours (-1 to 1) of the four latent channels and of none, least squares over an autoencoder's own pictures: for the host's previews.
 PREVIEW_COLOURS = {
     "vae": [
+        [0.0425, -0.0822, 0.0176],
+        [0.5873, 0.33, 0.2175],
+        [-0.0747, 0.1718, 0.3524],
+        [0.087, 0.006, 0.0798],
+        [-0.0173, -0.0571, -0.0907],
+    ],
+    "vae_dit": [
         [-0.7234, -0.6527, -0.5334],
         [-1.0611, -1.1344, -1.1092],
         [0.5851, 0.7393, 0.9089],
@@ -90,7 +98,7 @@ PREVIEW_COLOURS = {
     ],
 }
 MODELS = ("unet", "dit")
-VAES = {"unet": "vae", "dit": "vae"}  # the autoencoder of each model
+VAES = {"unet": "vae", "dit": "vae_dit"}  # the autoencoder of each model
 
 
 class LabModel(NamedTuple):
@@ -314,10 +322,11 @@ def load(name: str) -> LabModel:
 
 
 def show_files() -> None:
-    """Let the host list the lab's own LoRA files, all under `concept_lab/`."""
+    """Let the host list the lab's own LoRA and ControlNet files, all under `concept_lab/`."""
     import folder_paths
 
     folder_paths.add_model_folder_path("loras", str(LORAS))
+    folder_paths.add_model_folder_path("controlnet", str(CONTROLNETS))
 
 
 def unknown(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, unet, dit, unet_edges;
+"""The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, eye2, unet, dit, unet_edges;
 then slider NAME, character NAME, measure, and export. `decoder` goes on with the autoencoder's decoder alone, which leaves latents as
 they are.
 
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--finish", action="store_true", help="anneal to the end of this leg's minutes")
     parser.add_argument("--batch", type=int, default=64, help="pictures of 64 px a step; larger canvases take fewer")
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--average", type=float, help="share of the averaged weights kept at each step (denoisers; shorter legs want less)")
     parser.add_argument("--start", type=Path, help="folder of earlier weights to begin from, wherever names and shapes fit")
     parser.add_argument("--total", type=int, default=200_000, help="scenes in the pools")
     parser.add_argument("--workers", type=int, default=2)
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
         export(options.output / "diffusers", folder)
     else:
         settings = {key: getattr(options, key) for key in ("device", "steps", "minutes", "finish", "batch")}
-        settings |= {key: getattr(options, key) for key in ("lr", "start") if getattr(options, key)}
+        settings |= {key: getattr(options, key) for key in ("lr", "start", "seed", "average") if getattr(options, key)}
         if options.start and options.stage in ("decoder", "text", "unet_edges"):
             parser.error(f"--start is not for {options.stage}: it begins from the other weights in --folder anyway.")
         _training(options.stage)(folder, **settings)

@@ -35,8 +35,7 @@ def smear(pictures: torch.Tensor) -> torch.Tensor:
     length = 5 + int(torch.randint(3, ()))
     kernel = torch.zeros(2 * length + 1, 2 * length + 1, device=pictures.device)
     for t in range(-length, length + 1):
-        if torch.rand(()) < 2:
-            kernel[length + round(t * 0.5), length + t] = 1
+        kernel[length + round(t * 0.5), length + t] = 1
     if torch.rand(()) < 0.5:
         kernel = kernel.T
     kernel = (kernel / kernel.sum()).expand(3, 1, -1, -1)
@@ -66,6 +65,48 @@ def halves(pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat([pictures[..., :width], pictures.roll(1, 0)[..., width:]], -1)
 
 
+def mosaic(pictures: torch.Tensor) -> torch.Tensor:
+    """Coarse squares of four to six pixels."""
+    size = 4 + int(torch.randint(3, ()))
+    small = F.avg_pool2d(pictures, size, size, ceil_mode=True)
+    return small.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., : pictures.shape[2], : pictures.shape[3]]
+
+
+def twirl(pictures: torch.Tensor) -> torch.Tensor:
+    """Turned about a point, the more the nearer."""
+    n, _, h, w = pictures.shape
+    device = pictures.device
+    y, x = torch.meshgrid(torch.arange(h, device=device) + 0.5, torch.arange(w, device=device) + 0.5, indexing="ij")
+    cx, cy = (length * (0.25 + 0.5 * torch.rand(n, 1, 1, device=device)) for length in (w, h))
+    angle = 2.5 * torch.exp(-torch.hypot(x - cx, y - cy) / 14)
+    u = cx + (x - cx) * torch.cos(angle) - (y - cy) * torch.sin(angle)
+    v = cy + (x - cx) * torch.sin(angle) + (y - cy) * torch.cos(angle)
+    return F.grid_sample(pictures, torch.stack([2 * u / w - 1, 2 * v / h - 1], -1), padding_mode="border", align_corners=False)
+
+
+def jitter(pictures: torch.Tensor) -> torch.Tensor:
+    """Each cell of three to five pixels taken from up to three pixels away."""
+    n, _, h, w = pictures.shape
+    size = 3 + int(torch.randint(3, ()))
+    shift = 6 * torch.rand(n, 2, h // size + 1, w // size + 1, device=pictures.device) - 3
+    across, down = shift.repeat_interleave(size, 2).repeat_interleave(size, 3)[..., :h, :w].unbind(1)
+    y, x = torch.meshgrid(torch.arange(h, device=pictures.device) + 0.5, torch.arange(w, device=pictures.device) + 0.5, indexing="ij")
+    grid = torch.stack([2 * (x + across) / w - 1, 2 * (y + down) / h - 1], -1)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+def bite(pictures: torch.Tensor) -> torch.Tensor:
+    """Squares of eight to sixteen pixels copied from elsewhere in the picture."""
+    spoilt = pictures.clone()
+    h, w = pictures.shape[2:]
+    for _ in range(6):
+        size = 8 + int(torch.randint(9, ()))
+        y, down = torch.randint(h - size, (2,)).tolist()
+        x, across = torch.randint(w - size, (2,)).tolist()
+        spoilt[..., y : y + size, x : x + size] = pictures[..., down : down + size, across : across + size].flip(2)
+    return spoilt
+
+
 def shuffle(pictures: torch.Tensor) -> torch.Tensor:
     """Tiles of sixteen pixels in another order."""
     n, c, h, w = pictures.shape
@@ -89,5 +130,16 @@ def streaks(pictures: torch.Tensor) -> torch.Tensor:
     return torch.stack([row.roll(int(s), -1) for row, s in zip(pictures.unbind(2), slide, strict=True)], 2)
 
 
-TAUGHT = {"noise": noise, "blur": blur, "blend": blend, "smear": smear, "blank": blank, "halves": halves}
+TAUGHT = {
+    "noise": noise,
+    "blur": blur,
+    "blend": blend,
+    "smear": smear,
+    "blank": blank,
+    "halves": halves,
+    "mosaic": mosaic,
+    "twirl": twirl,
+    "jitter": jitter,
+    "bite": bite,
+}
 UNSEEN = {"shuffle": shuffle, "warp": warp, "streaks": streaks}

@@ -1,4 +1,4 @@
-"""The eye: reads a picture of the lab back into the words of its scene.
+"""The eyes: they read a picture of the lab back into the words of its scene.
 
 A convolutional net marks object centres on a grid of four-pixel cells and says what each object is; pooled over the picture it
 reads the background's lightness and the style, and judges validity: whether this could be a drawn scene at all, or is smeared, merged,
@@ -100,7 +100,50 @@ class EyeNet(nn.Module):
         return grid, scene
 
 
-NETS = {"eye": EyeNet}
+class _Residual(nn.Module):
+    """Two convolutions, each behind its norm (He et al. 2016, identity mappings)."""
+
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1),
+            nn.GroupNorm(8, out), nn.SiLU(), nn.Conv2d(out, out, 3, padding=1),
+        )  # fmt: skip
+        self.pass_by = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+
+    def forward(self, x):
+        return self.pass_by(x) + self.net(x)
+
+
+class Hourglass(nn.Module):
+    """The second eye: down to a sixteenth and up again with what each level saw (Newell et al. 2016), where the first eye looks on one
+    level through dilated kernels. Heads as in `EyeNet`.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 56, 88, 120)):
+        super().__init__()
+        half, quarter, eighth, sixteenth = widths
+        self.stem = nn.Conv2d(3, half, 5, stride=2, padding=2)
+        self.down = nn.ModuleList(_Residual(*pair) for pair in ((half, half), (half, quarter), (quarter, eighth), (eighth, sixteenth)))
+        self.up = nn.ModuleList([_Residual(sixteenth, eighth), _Residual(eighth, quarter)])
+        self.across = nn.ModuleList([nn.Conv2d(eighth, eighth, 1), _Residual(quarter, quarter)])
+        self.grid = nn.Conv2d(quarter, sum(HEADS.values()), 1)
+        self.scene = nn.Sequential(nn.Linear(2 * sixteenth + 2 * quarter, 96), nn.SiLU(), nn.Linear(96, sum(SCENE_HEADS.values())))
+
+    def forward(self, pictures):
+        half = self.down[0](self.stem(pictures * 2 - 1))
+        quarter = self.down[1](F.max_pool2d(half, 2))
+        eighth = self.down[2](F.max_pool2d(quarter, 2))
+        sixteenth = self.down[3](F.avg_pool2d(eighth, 2))
+        wide = self.across[0](eighth) + F.interpolate(self.up[0](sixteenth), size=eighth.shape[2:])
+        fine = self.across[1](quarter) + F.interpolate(self.up[1](wide), size=quarter.shape[2:])
+        pooled = torch.cat([part for level in (sixteenth, fine) for part in (level.mean((2, 3)), level.amax((2, 3)))], 1)
+        grid = dict(zip(HEADS, self.grid(fine).split(list(HEADS.values()), 1), strict=True))
+        scene = dict(zip(SCENE_HEADS, self.scene(pooled).split(list(SCENE_HEADS.values()), 1), strict=True))
+        return grid, scene
+
+
+NETS = {"eye": EyeNet, "eye2": Hourglass}
 
 
 class Eye:
@@ -111,7 +154,7 @@ class Eye:
 
     @classmethod
     def load(cls, name: str = "eye", folder: Path | None = None, device: str = "cpu") -> Eye:
-        """The eye of this name, from a folder of weights (default: the shipped ones)."""
+        """The eye of this name ("eye", or "eye2" of the other architecture), from a folder of weights (default: the shipped ones)."""
         from ..host.lab import WEIGHTS, read_weights
 
         tensors, _ = read_weights((folder or WEIGHTS) / f"{name}.safetensors")

@@ -38,12 +38,14 @@ def _uniform(n, device):
 
 
 def unet_loss(module, latent, context, pooled, alphas):
-    """Noise prediction; weighted so that middle levels count as errors of the picture (weight sigma^2, clamped)."""
+    """Noise prediction; weighted so that errors of the picture count at all levels but the noisiest (weight sigma^2, clamped at the
+    noise of sigma 7, where places and sizes are settled).
+    """
     step = (_uniform(len(latent), latent.device) * 999.999).long()
     alpha = alphas[step][:, None, None, None]
     noise = torch.randn_like(latent)
     drawn = module(alpha.sqrt() * latent + (1 - alpha).sqrt() * noise, step, context=context).float()
-    weight = ((1 - alpha) / alpha).clamp(0.15, 10.0)
+    weight = ((1 - alpha) / alpha).clamp(0.15, 50.0)
     return (weight * (drawn - noise) ** 2).mean()
 
 
@@ -191,6 +193,7 @@ def train(
     lr: float = 1e-3,
     seed: int = 13,
     start: Path | None = None,
+    average: float = 0.9995,
 ) -> None:
     torch.manual_seed(seed)
     make, loss_of = KINDS[kind]
@@ -205,8 +208,9 @@ def train(
     module = make()
     take_over(module, start, kind)
     module.to(device).train()
-    leg = Leg(kind, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, average=0.9995)
-    sizes = torch.tensor([float(len(latent)) for latent in latents])
+    leg = Leg(kind, module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish, average=average)
+    # Every batch holds as many pixels: so that every scene comes as often as any other, whatever its size.
+    sizes = torch.tensor([float(len(latent) * latent.shape[2] * latent.shape[3]) for latent in latents])
     while leg.running():
         which = int(torch.multinomial(sizes, 1))
         latent, tokens = latents[which], pools[which]

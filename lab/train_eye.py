@@ -1,4 +1,4 @@
-"""Train an eye on drawn scenes, on the autoencoder's rebuilds of them, and on spoilt ones."""
+"""Train the eyes on drawn scenes, on the autoencoder's rebuilds of them, and on spoilt ones."""
 
 from __future__ import annotations
 
@@ -96,6 +96,7 @@ def train(
     seed: int = 14,
     start: Path | None = None,
 ) -> None:
+    seed += list(NETS).index(name)  # the eyes share no picture and no batch
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     rebuild = _Rebuild(load_vae(folder, device), device)

@@ -1,4 +1,4 @@
-"""Train the lab's autoencoder: 3 channels to 4 at an eighth of the size, by reconstruction, with latents of unit spread."""
+"""Train the lab's autoencoder: 3 channels to 4 at a quarter of the size, by reconstruction, with latents of unit spread."""
 
 from __future__ import annotations
 

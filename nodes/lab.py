@@ -35,7 +35,9 @@ class LabLoader(io.ComfyNode):
                 io.Model.Output("model", display_name="model", tooltip="The image model."),
                 io.Clip.Output("clip", display_name="clip", tooltip="The text encoder; it knows the lab's words (see this node's help)."),
                 io.Vae.Output(
-                    "vae", display_name="vae", tooltip="The autoencoder: latents have 4 channels at an eighth of the picture's size."
+                    "vae",
+                    display_name="vae",
+                    tooltip="The autoencoder: latents have 4 channels at a quarter (unet) or an eighth (dit) of the picture's size.",
                 ),
             ],
         )

@@ -63,6 +63,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument("name", metavar="NAME")
     benched.add_argument("--check", action="store_true", help="re-run a random sample of the committed result")
     benched.add_argument("--size", choices=("sdxl", "flux"), help="regional: time a model of this published size (needs --device cuda)")
+    benched.add_argument("--ours", action="store_true", help="sliders: the shipped sliders alone, without what they are compared with")
+    benched.add_argument(
+        "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
+    )
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -140,8 +144,13 @@ def run_benchmark(options) -> int:
         raise SetupError(f"bench {options.name} has no --size; bench regional has.")
     if options.size and options.device == "cpu":
         raise SetupError(f"--size {options.size} times a model of the published size, which needs a GPU: add --device cuda.")
+    for option in ("released", "ours"):
+        if getattr(options, option) and options.name != "sliders":
+            raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
-    return Ready().inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
+    passed += ["--ours"] * options.ours
+    passed += ["--released", str(options.released.absolute())] if options.released else []
+    return Ready(tools=options.released is not None).inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
 
 
 def run_lab(options) -> int:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from concept_nodes.benchmarks import slider as bench
+from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.host import adapters, lab
+from concept_nodes.lab import sliders
 from concept_nodes.lab.attributes import RANGES
 from concept_nodes.lab.captions import BACKGROUND_WORDS, SIZE_WORDS
 from concept_nodes.lab.eye import Reading, Seen
@@ -80,7 +81,8 @@ class TestAsking:
 
 class TestShipped:
     def test_every_shipped_slider_is_measured(self):
-        assert bench.shipped() == [file.stem for file in FILES]
+        assert sorted(sliders.shipped("unet")) == [file.stem for file in FILES]
+        assert {f"unet_{name}_span" for name in sliders.shipped("unet")} <= bench.claims().keys()
         assert FILES
 
     @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

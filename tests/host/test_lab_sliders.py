@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from concept_nodes.benchmarks import _trainings
+from concept_nodes.benchmarks import _released, _trainings
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.host import lab
 from concept_nodes.lab import pairs, sliders
@@ -102,7 +102,7 @@ class TestWorkflows:
         monkeypatch.setattr(sliders, "workflow", lambda model, name: graph)
         sliders.train("unet", "size", tmp_path / "made" / "size.safetensors")
         state = load_file(tmp_path / "made" / "size.safetensors")
-        assert len(state) == 3 * 84
+        assert len(state) == 3 * 98
         assert {tensor.dtype for tensor in state.values()} == {torch.float16}
 
 
@@ -160,10 +160,24 @@ def test_released_ways_train_at_random_steps(monkeypatch):
 
     monkeypatch.setattr(_trainings.ReleasedObjective, "losses", told)
     state, seconds = _trainings.released("unet", "background", steps=6, batch=2)
-    assert len(state) == 3 * 84
+    assert len(state) == 3 * 98
     assert seconds > 0
     assert all(len(set(at)) == 1 for at, _ in seen)
     assert len({at[0] for at, _ in seen}) > 2
     noisiest = [float(x.std()) for at, x in seen if at[0] == 0]
     assert all(not torch.equal(seen[0][1], x) for _, x in seen[1:])
     assert all(std > 10 for std in noisiest)
+
+
+def test_moving_a_strength_writes_no_weight_where_the_stock_loader_writes_all():
+    lab.show_files()
+    with torch.inference_mode():
+        figures, told = bench.moving(bench.Bench("unet"), "background")
+    assert figures["unet_repatch_count"] == (0, 0, 0, 5)
+    assert 0 < figures["unet_set_up_seconds"].value < 2
+    assert [arm["written"] > 0 for arm in told] == [False, True]
+
+
+def test_released_trainer_is_looked_for_where_it_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"no train_lora\.py in .*name a checkout"):
+        _released.train(tmp_path, "size")

@@ -508,7 +508,7 @@ class TestNode:
         lora, losses, file, report = output.result
         assert len(losses["loss"]) == 3
         assert file == str(places / "output" / "loras" / "concept_nodes" / "light.safetensors")
-        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "2 prompts", "Saved as", "MB for the weights"):
+        for part in ("3 steps of 2 on 98 layers of Stable Diffusion 1.5", "2 prompts", "Saved as", "MB for the weights"):
             assert part in report
         slid = Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0]
         assert slid is not model
@@ -524,7 +524,7 @@ class TestNode:
     def test_a_place_that_cannot_be_written_loses_nothing(self, places):
         (places / "output").write_text("a file where the folder should be")
         lora, _, _, report = self.execute()[1].result
-        assert len(lora) == 3 * 84
+        assert len(lora) == 3 * 98
         assert "NOT saved as" in report
         assert "save it from the lora output" in report
 
@@ -588,7 +588,7 @@ class TestImageNode(TestNode):
         model, output = self.execute()
         lora, losses, _, report = output.result
         assert len(losses["loss"]) == 3
-        for part in ("3 steps of 2 on 84 layers of Stable Diffusion 1.5", "3 pairs of pictures", "Saved as"):
+        for part in ("3 steps of 2 on 98 layers of Stable Diffusion 1.5", "3 pairs of pictures", "Saved as"):
             assert part in report
         assert Slider.execute(model, "none", 1.0, 0.0, 1.0, lora=lora).result[0] is not model
 

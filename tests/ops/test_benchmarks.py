@@ -88,3 +88,21 @@ class TestResults:
     def test_check_fails_when_the_measure_moves(self, results):
         assert run("made_up", [], lambda sample: ({"span": mean([0.4, 0.5, 0.6])}, [])) == 0
         assert run("made_up", ["--check"], lambda sample: ({"span": mean([0.1, 0.2, 0.3])}, [])) == 1
+
+    def test_check_knows_of_rare_cases_that_the_sample_missed(self, results):
+        """Of 240 correlations six are far from 1. Most samples of 40 hold one or none of those."""
+        assert run("made_up", [], lambda sample: ({"rank": mean([1.0] * 234 + [0.9] * 6)}, [])) == 0
+        assert run("made_up", ["--check"], lambda sample: ({"rank": mean([1.0] * 40)}, [])) == 0
+        assert run("made_up", ["--check"], lambda sample: ({"rank": mean([1.0] * 30 + [0.9] * 10)}, [])) == 1
+
+
+class TestRatio:
+    def test_known_values(self):
+        figure = _report.ratio([True, False, True, False], [True, True, True, True])
+        assert figure.value == 0.5
+        assert figure.n == 4
+        assert 0 <= figure.low < 0.5 < figure.high <= 1
+
+    def test_pairs_that_agree_leave_no_doubt(self):
+        hits = [True, False] * 50
+        assert _report.ratio(hits, hits) == Figure(1.0, 1.0, 1.0, 100)

@@ -24,7 +24,8 @@ def test_checks_of_true_shares_seldom_fail(tmp_path, monkeypatch):
     """Eight figures, true share 0.99, samples of 40: a check of a right result fails in fewer than one case in ten."""
     monkeypatch.setattr(_report, "RESULTS", tmp_path)
     keys = [str(i) for i in range(8)]
-    (tmp_path / "x.json").write_text(json.dumps({"figures": {key: {"value": 0.99} for key in keys}}), encoding="utf-8")
+    committed = share([True] * 198 + [False] * 2)._asdict()
+    (tmp_path / "x.json").write_text(json.dumps({"figures": {key: committed for key in keys}}), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
     fails = sum(check("x", {key: share(torch.rand(40, generator=generator) < 0.99) for key in keys}) for _ in range(200))
     assert fails < 20

@@ -332,11 +332,13 @@ def test_it_works_from_any_folder_and_in_a_path_with_spaces(tmp_path, arguments,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["slider", "--size", "sdxl", "--device", "cuda"], "bench slider has no --size; bench regional has."),
+        (["sliders", "--size", "sdxl", "--device", "cuda"], "bench sliders has no --size; bench regional has."),
+        (["regional", "--released", "x"], "bench regional has no --released; bench sliders has."),
+        (["lab", "--ours"], "bench lab has no --ours; bench sliders has."),
         (["regional", "--size", "flux"], "--size flux times a model of the published size, which needs a GPU: add --device cuda."),
     ],
 )
-def test_a_size_that_cannot_be_timed_is_told_before_anything_is_set_up(tmp_path, arguments, said):
+def test_what_a_benchmark_cannot_do_is_told_before_anything_is_set_up(tmp_path, arguments, said):
     done = run_py("bench", *arguments, CONCEPT_NODES_HOME=str(tmp_path / "home"))
     assert done.stderr == f"run.py: {said}\n"
     assert not (tmp_path / "home").exists()

@@ -155,6 +155,27 @@ class TestAddedParts:
         first, second = drawn(client, plain.save(plain.sample())), drawn(client, lab.save(lab.sample(model=loaded)))
         assert np.abs(lit(first) - lit(second)).mean() > 1
 
+    def test_controlnet_puts_the_object_where_the_edges_are(self, client, eye):
+        """The prompt names no place; a stock Canny of another picture does."""
+        lab = Lab("unet")
+        guide = lab.add("VAEDecode", samples=lab.sample("a large red circle at the top left on a white background"), vae=lab.vae)
+        edges = lab.add("Canny", image=guide, low_threshold=0.2, high_threshold=0.5)
+        loaded = lab.add("ControlNetLoader", control_net_name="concept_lab/unet_edges.safetensors")
+        applied = lab.add(
+            "ControlNetApplyAdvanced",
+            positive=lab.text("a large blue circle on a white background"),
+            negative=lab.empty,
+            control_net=loaded,
+            image=edges,
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+            vae=lab.vae,
+        )
+        pictures = drawn(client, lab.save(lab.sample(positive=applied, negative=[applied[0], 1], latent=lab.latent(batch_size=4), seed=9)))
+        found = [[(seen.kind, seen.colour, seen.x < 32 and seen.y < 32) for seen in reading.objects] for reading in read(eye, pictures)]
+        assert found.count([("circle", "blue", True)]) >= 3, found
+
 
 @pytest.mark.parametrize(
     "patch, settings",

@@ -1,0 +1,149 @@
+"""How well the lab's models draw what captions ask, and how well the eyes see it. `python run.py bench lab`.
+
+Every row draws new scenes' complete captions through the host's sampler at 128 pixels (other wordings: 64): 20 Euler steps, CFG 4. The
+first eye reads; the second one says whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..host import lab as host_lab
+from ..lab import judge
+from ..lab.captions import WAYS
+from ..lab.eye import NETS, Eye
+from ..lab.measure import FAULTS, ask, ask_in, draw, faults, hits
+from . import _report
+from ._report import Claim, Figure, share
+
+log = logging.getLogger("concept_nodes.bench")
+SIZE, WORDING_SIZE = 128, 64
+N, SAMPLE, MANY = 512, 64, 128  # pictures a row; in a check; with four objects and more, for which nothing is claimed
+SEED = 7000
+ONE = {"background": "background", "color": "colours", "shape": "shapes", "size": "size", "place": "place", "valid": "valid"}
+CLAIMS = {
+    "unet_background1": Claim(low=0.99),
+    "unet_color1": Claim(low=0.96),
+    "unet_shape1": Claim(low=0.94),
+    "unet_size1": Claim(low=0.90),
+    "unet_place1": Claim(low=0.80),
+    "unet_valid1": Claim(low=0.96),
+    "unet_bind2": Claim(low=0.70),
+    "dit_background1": Claim(low=0.94),
+    "dit_color1": Claim(low=0.91),
+    "dit_shape1": Claim(low=0.89),
+    "dit_size1": Claim(low=0.85),
+    "dit_place1": Claim(low=0.75),
+    "dit_valid1": Claim(low=0.91),
+    "dit_bind2": Claim(low=0.65),
+    **{f"{name}_{way}": Claim(low=0.80) for name in host_lab.MODELS for way in WAYS[1:]},
+    **{f"{eye}_true": Claim(low=0.99) for eye in NETS},
+    **{f"{eye}_recon": Claim(low=0.97) for eye in NETS},
+    **{f"{eye}_character": Claim(low=0.99) for eye in NETS},
+    "validity_auroc": Claim(low=0.99),
+    "eyes_agree": Claim(low=0.97),
+}
+
+
+def lowest(figures: dict[str, Figure]) -> Figure:
+    """The least of several figures."""
+    return min(figures.values(), key=lambda figure: figure.value)
+
+
+def measure_eyes(n: int) -> tuple[dict[str, Figure], list[dict]]:
+    """What each eye reads of true scenes and of rebuilt ones: the worst attribute's share; and the first eye's validity score."""
+    vae = host_lab.load_vae()
+
+    def rebuild(pictures):
+        latent = vae.encode(pictures.movedim(1, -1))
+        return vae.decode(latent).movedim(-1, 1).cpu()
+
+    figures, arms = {}, []
+    for name in NETS:
+        eye = Eye.load(name)
+        for shown, told in judge.judge(eye, rebuild, n=n).items():
+            shares = {attribute: share(right) for attribute, right in told.items()}
+            figures[f"{name}_{shown}"] = lowest(shares)
+            if shown == "true":
+                figures[f"{name}_character"] = shares["character"]
+            arms.append({"eye": name, "shown": shown} | {key: [round(figure.value, 4), figure.n] for key, figure in shares.items()})
+        good, spoilt = judge.validity(eye, rebuild, n=n // 2)
+        areas = {kind: _auroc(good, bad) for kind, bad in spoilt.items()}
+        figures[{"eye": "validity_auroc"}.get(name, f"{name}_validity_auroc")] = lowest(areas)
+        arms.append({"eye": name, "auroc": {kind: round(area.value, 4) for kind, area in areas.items()}})
+        log.info("%s: %s", name, arms[-3:])
+    return figures, arms
+
+
+def _auroc(good: torch.Tensor, bad: torch.Tensor, resamples: int = 200) -> Figure:
+    """Area under the curve with a bootstrap interval over pictures."""
+    generator = torch.Generator().manual_seed(0)
+    areas = []
+    for _ in range(resamples):
+        rows = [values[torch.randint(len(values), (len(values),), generator=generator)] for values in (good, bad)]
+        areas.append(judge.auroc(*rows))
+    low, high = torch.quantile(torch.tensor(areas), torch.tensor([0.025, 0.975])).tolist()
+    return Figure(judge.auroc(good, bad), low, high, len(good) + len(bad))
+
+
+def measure_model(name: str, eyes: dict[str, Eye], n: int, most: int) -> tuple[dict[str, Figure], list[dict], dict[str, list[bool]]]:
+    """Figures and rows of one model for one to `most` objects, and where the two eyes' verdicts on one-object pictures are the same."""
+    model = host_lab.load(name)
+    figures, arms, same = {}, [], {}
+    for objects in range(1, most + 1):
+        n = n if objects < 4 else min(n, MANY)
+        asked = ask(n, objects=objects, size=SIZE, seed=SEED + objects)
+        pictures = draw(model, list(asked), size=SIZE, seed=SEED)
+        right = hits(asked, eyes["eye"].read(pictures))
+        row = {key: share(values) for key, values in right.items()}
+        if objects == 1:
+            figures |= {f"{name}_{theirs}1": row[ours] for theirs, ours in ONE.items()}
+            other = hits(asked, eyes["eye2"].read(pictures))
+            same = {key: [a == b for a, b in zip(right[key], other[key], strict=True)] for key in ONE.values()}
+        else:
+            figures[f"{name}_bind{objects}"] = row["bind"]
+        arm = {"model": name, "objects": objects, "n": n} | {key: round(figure.value, 4) for key, figure in row.items()}
+        told = faults(asked, eyes["eye"].read(pictures))
+        arms.append(arm | {"faults": {fault: round(sum(told[fault]) / n, 4) for fault in FAULTS}})
+        log.info("%s", arms[-1])
+    return figures, arms, same
+
+
+def measure_wordings(name: str, eye: Eye, n: int) -> tuple[dict[str, Figure], list[dict]]:
+    """How often an attribute said in each way is drawn, as a share of how often it is when said plainly (same scenes, same noise)."""
+    model = host_lab.load(name)
+    judged = {"shape": "shapes", "colour": "colours", "style": "style"}
+    arms, drawn = [], {}
+    for way in WAYS:
+        drawn[way] = []
+        for attribute, asked in ask_in(way, n, size=WORDING_SIZE, seed=SEED):
+            right = hits(asked, eye.read(draw(model, list(asked), size=WORDING_SIZE, seed=SEED)))[judged[attribute]]
+            drawn[way] += right
+            arms.append({"model": name, "way": way, "attribute": attribute, "share": round(sum(right) / len(right), 4), "n": len(right)})
+            log.info("%s", arms[-1])
+    return {f"{name}_{way}": _report.ratio(drawn[way], drawn["plain"]) for way in WAYS[1:]}, arms
+
+
+def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    n = SAMPLE if sample else N
+    eyes = {name: Eye.load(name) for name in NETS}
+    with torch.inference_mode():
+        figures, arms = measure_eyes(500 if sample else 4000)
+        agreed: dict[str, list[bool]] = {}
+        for name in host_lab.MODELS:
+            found, rows, same = measure_model(name, eyes, n, most=2 if sample else 6)
+            figures, arms = figures | found, arms + rows
+            for key, values in same.items():
+                agreed.setdefault(key, []).extend(values)
+            if not sample:
+                found, rows = measure_wordings(name, eyes["eye"], 510)
+                figures, arms = figures | found, arms + rows
+    figures["eyes_agree"] = lowest({key: share(values) for key, values in agreed.items()})
+    return figures, arms
+
+
+def main(argv: list[str]) -> int:
+    return _report.run("lab", argv, _measure, CLAIMS)
