@@ -70,11 +70,22 @@ def new_unet() -> nn.Module:
 
 def mend(module: nn.Module) -> None:
     """Make the host's Flux classes trainable. Their blocks add in place into what their norms saved for the backward pass, which makes
-    gradients wrong: a copy before each such norm mends that. And their fast rotary code has no gradient.
+    gradients wrong: a copy before each such norm mends that. And their fast rotary code has no gradient: the host's switch for training is
+    on during each forward.
     """
     import comfy.model_management
 
-    comfy.model_management.in_training = True
+    before = []
+
+    def begin(*_):
+        before.append(comfy.model_management.in_training)
+        comfy.model_management.in_training = True
+
+    def end(*_):
+        comfy.model_management.in_training = before.pop()
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end, always_call=True)
     for name, part in module.named_modules():
         if name.rsplit(".", 1)[-1] in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2", "pre_norm"):
             part.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))

@@ -143,3 +143,15 @@ def test_loss_curves_of_one_point_and_of_many(tmp_path):
         training.draw_curve(history, tmp_path / "unet.loss.png")
         with Image.open(tmp_path / "unet.loss.png") as image:
             assert len(image.convert("L").getcolors()) > 2
+
+
+def test_the_hosts_switch_for_training_is_on_in_the_dits_forward_alone():
+    import comfy.model_management
+
+    module, seen = train_denoiser.new_dit(), []
+    module.double_blocks[0].register_forward_pre_hook(lambda *_: seen.append(comfy.model_management.in_training))
+    before = comfy.model_management.in_training
+    module(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.zeros(1, 77, 128), torch.zeros(1, 128)).sum().backward()
+    with pytest.raises(RuntimeError):
+        module(torch.zeros(1, 4, 8, 8), torch.ones(1), torch.zeros(1, 77, 5), torch.zeros(1, 128))
+    assert seen[0] and comfy.model_management.in_training == before
