@@ -108,7 +108,8 @@ class Spread:
             chunks = list(enumerate(self._masks))
             if len(chunks) < len(self._names) and any(isinstance(policy, Words) for _, policy in columns):
                 chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]  # conditions differ in their words
-            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]))
+            grid = tuple(self._masks[0].at(site.level).shape[-2:]) if site.kind == MAP else None
+            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]), grid)
         return [columns.index(name) for name in names], self._of_sites[key]
 
     def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str | Words]], chunk: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ All adapters of a layer run as one: their ranks are concatenated, so that x is r
 
 S scales rank by rank: strength times alpha / r, and, where an adapter has a place, its share of every token of a linear layer and of every
 position of a convolution's output. Masking z is masking the adapter's output, exactly, because B acts on each position alone; so is
-computing z on the tokens alone that the place has, which is done where it saves work.
+computing z on the tokens alone that the place has, or in the box around it, which is done where it saves work.
 
 DoRA (arXiv 2402.09353) also sets the length of each output's weights, which the layer's own output y shows, so that no weight is needed:
 
@@ -167,8 +167,7 @@ class _Together:
 
 
 class _Apart:
-    """Adapters of a linear layer or a 1x1 convolution, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up
-    with zeros to one r.
+    """Adapters of a linear layer, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up with zeros to one r.
 
     down (P, in, r); ups: (rows, first column, B (P, columns, n)).
     """
@@ -179,7 +178,7 @@ class _Apart:
         self._of = sorted({places[owner] for owner, _ in flat})
         downs: list[list[Tensor]] = [[] for _ in self._of]
         gains: list[list[tuple[int, float]]] = [[] for _ in self._of]
-        self.ups, first, inputs = [], 0, flat[0][1].down[0].numel()
+        self.ups, first = [], 0
         for rows in _spans(factors for _, factors in flat):
             own = [[item for item in flat if item[1].rows == rows and places[item[0]] == place] for place in self._of]
             width = max(sum(len(factors.down) for _, factors in items) for items in own)
@@ -188,12 +187,12 @@ class _Apart:
                 filled = 0
                 for owner, factors in items:
                     rank = len(factors.down)
-                    downs[at].append(factors.down.flatten(1).float())
+                    downs[at].append(factors.down.float())
                     gains[at] += [(owner, factors.scale)] * rank
                     up[at, filled : filled + rank] = factors.up.float().t()
                     filled += rank
                 if filled < width:
-                    downs[at].append(torch.zeros(width - filled, inputs))
+                    downs[at].append(torch.zeros(width - filled, flat[0][1].down.shape[1]))
                     gains[at] += [(-1, 0.0)] * (width - filled)
             self.ups.append((rows, first, up.to(device, dtype)))
             first += width
@@ -237,15 +236,6 @@ class _Apart:
         self._parts.clear()
         self._cut()
 
-    def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
-        """Positions are rows here, which they are not in memory: both sides are turned over."""
-        if x.shape[2:].numel() != self.shares.tokens:
-            self.shares.missed = True
-            return
-        added = y.new_zeros(len(y), self.shares.tokens, y.shape[1])
-        self.add_linear(added, x.flatten(2).transpose(1, 2).contiguous())
-        y.view(*y.shape[:2], -1).add_(added.transpose(1, 2))
-
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
@@ -253,6 +243,73 @@ class _Apart:
             z = bucket.weigh(torch.bmm(bucket.pick(x), down), self.gains[bucket.places])
             for rows, first, up in ups:
                 bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
+
+
+class _Crops:
+    """Adapters of a convolution over a plane, each place's in the box around it: A reads the box and what the kernel reaches beyond it.
+
+    parts: place -> A (r, in, *kernel), and (rows, first column, B (n, columns, 1, 1)) for each group of outputs written to.
+    """
+
+    def __init__(self, flat: Sequence[tuple[int, Factors]], places: Sequence[int | None], device, dtype: torch.dtype):
+        self.parts, self._owners, self._scales = {}, {}, {}
+        for place in sorted({places[owner] for owner, _ in flat}):
+            spans = _spans(factors for owner, factors in flat if places[owner] == place)
+            own = sorted((item for item in flat if places[item[0]] == place), key=lambda item: spans.index(item[1].rows))
+            ups, first = [], 0
+            for rows in spans:
+                up = torch.cat([factors.up.to(device, dtype) for _, factors in own if factors.rows == rows], dim=1)
+                ups.append((rows, first, up[:, :, None, None]))
+                first += up.shape[1]
+            self.parts[place] = torch.cat([factors.down.to(device, dtype) for _, factors in own]), ups
+            self._owners[place] = torch.tensor([owner for owner, factors in own for _ in factors.down])
+            self._scales[place] = torch.tensor([factors.scale for _, factors in own for _ in factors.down])
+
+    def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
+        """What `use` takes: the gains (r, 1, 1) of each place, and the shares."""
+        strength = torch.tensor(strengths, dtype=torch.float32)
+        device = next(iter(self.parts.values()))[0].device
+        return {place: (strength[self._owners[place]] * self._scales[place])[:, None, None].to(device) for place in self.parts}, shares
+
+    def use(self, setting: tuple) -> None:
+        gains, self.shares = setting
+        self.gains = {place: gain.to(self.parts[place][0].device) for place, gain in gains.items()}
+
+    def follow(self, x: Tensor) -> None:
+        for place, (down, ups) in self.parts.items():
+            self.parts[place] = down.to(x.device, x.dtype), [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in ups]
+            self.gains[place] = self.gains[place].to(x.device)
+
+    def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
+        if tuple(y.shape[2:]) != self.shares.grid:
+            self.shares.missed = True
+            return
+        for place, (down, ups) in self.parts.items():
+            box = self.shares.boxes[place]
+            if box is None:
+                continue
+            (top, bottom), (left, right) = box
+            z = F.conv2d(self._reached(x, box, down, convolution), down, stride=convolution["stride"], dilation=convolution["dilation"])
+            share = self.shares.rows[place].view(-1, 1, *self.shares.grid)[..., top:bottom, left:right]
+            z = z.mul_(self.gains[place] * share)
+            for rows, first, up in ups:
+                out = _narrow(y, rows)[..., top:bottom, left:right]
+                out.add_(F.conv2d(z.narrow(1, first, up.shape[1]), up))
+
+    @staticmethod
+    def _reached(x: Tensor, box, down: Tensor, convolution: dict) -> Tensor:
+        """What the kernel sees for the outputs in a box: x cut to it, with zeros where it reaches over the edge."""
+        beyond = []
+        for axis, (first, last) in enumerate(box):
+            step, pad = convolution["stride"][axis], convolution["padding"][axis]
+            start = first * step - pad
+            stop = (last - 1) * step - pad + convolution["dilation"][axis] * (down.shape[2 + axis] - 1) + 1
+            low = max(start, 0)
+            high = max(low, min(stop, x.shape[2 + axis]))
+            x = x.narrow(2 + axis, low, high - low)
+            beyond.append((low - start, stop - high))
+        edges = (*beyond[1], *beyond[0])
+        return F.pad(x, edges) if any(edges) else x
 
 
 class _Magnitudes:
@@ -333,18 +390,14 @@ class Stack:
     `set_strengths`, which replaces tensors by some of the same shape, so that torch.compile keeps its graph.
     """
 
-    # Rows times ranks that picking rows must save to be worth its own cost: measured on a processor at widths from 64 to 640.
+    # Rows times ranks that picking rows, or cutting boxes, must save to be worth its own cost: measured on a processor at widths from 64
+    # to 640.
     WORTH = 0.45
 
     def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
         self.convolution, self.device, self.dtype = convolution, device, dtype
-        # Whether each row is computed from one row: a linear layer, or a convolution that looks at one position and steps by one.
-        self._by_position = convolution is None or (
-            all(factors.down.shape[2:].numel() == 1 for _, factors in self._flat)
-            and all(one == (0 if key == "padding" else 1) for key, sizes in convolution.items() for one in sizes)
-        )
-        self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | None]] = {}
+        self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | _Crops | None]] = {}
         dora = [item for item in self._flat if item[1].gain is not None]
         self._magnitudes = _Magnitudes(dora, device, dtype) if dora else None
         self.set_strengths([1.0] * len(adapters))
@@ -377,21 +430,23 @@ class Stack:
         if self._magnitudes:
             self._magnitudes.use(setting.magnitudes)
 
-    def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
+    def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | _Crops | None]:
         if (places, apart) not in self._built:
             while len(self._built) > 1:  # calls over the whole picture and over a part of it may take turns
                 self._built.pop(next(iter(self._built)))
             self._built[places, apart] = self._build(places, apart)
         return self._built[places, apart]
 
-    def _build(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | None]:
+    def _build(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | _Crops | None]:
         """The adapters without a place, and those with one."""
         plain = [item for item in self._flat if places[item[0]] is None]
         placed = [item for item in self._flat if places[item[0]] is not None]
         first = _Together(plain, self.device, self.dtype) if plain else None
         if not placed:
             return first, None
-        return first, _Apart(placed, places, self.device, self.dtype) if apart else _Together(placed, self.device, self.dtype)
+        if not apart:
+            return first, _Together(placed, self.device, self.dtype)
+        return first, (_Apart if self.convolution is None else _Crops)(placed, places, self.device, self.dtype)
 
     def _saves(self, places: Sequence[int | None], shares: Shares) -> bool:
         """Whether it takes less work to compute each place's adapters on its own rows."""
@@ -399,8 +454,13 @@ class Stack:
         for owner, factors in self._flat:
             if places[owner] is not None:
                 ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
-        if not self._by_position or shares.tokens == 1 or len(ranks) < 2:
+        if shares.tokens == 1 or len(ranks) < 2:
             return False
+        if self.convolution is not None:
+            plane = shares.grid is not None and all(factors.down.ndim == 4 for _, factors in self._flat)
+            if not plane or isinstance(self.convolution["padding"], str):
+                return False
+            return sum(shares.area(place) * rank for place, rank in ranks.items()) < self.WORTH * shares.tokens * sum(ranks.values())
         return shares.picked * max(ranks.values()) < self.WORTH * shares.tokens * sum(ranks.values())
 
     def __call__(self, y: Tensor, fresh: bool, *args, **kwargs) -> Tensor:

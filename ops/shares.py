@@ -7,6 +7,7 @@ the work grows with the rows that places have and the number of operations does 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,12 @@ class Bucket(NamedTuple):
 
 
 class Shares:
-    """The shares that P places have of a layer's rows: `rows` (P, B or 1, tokens), B where those of one batch differ."""
+    """The shares that P places have of a layer's rows: `rows` (P, B or 1, tokens), B where those of one batch differ; grid (height, width)
+    where the rows are positions on a plane.
+    """
 
-    def __init__(self, rows: Tensor):
-        self.rows = rows
+    def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None):
+        self.rows, self.grid = rows, grid
         counts = (rows != 0).sum(-1).amax(1).tolist()
         self._sizes: dict[int, list[int]] = {}
         for place, count in enumerate(counts):
@@ -67,6 +70,20 @@ class Shares:
     @property
     def tokens(self) -> int:
         return self.rows.shape[-1]
+
+    @cached_property
+    def boxes(self) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
+        """The box around each place, in all pictures of the batch: ((top, bottom), (left, right)), ends beyond; None where it has none."""
+        found = []
+        for there in (self.rows != 0).any(1).view(-1, *self.grid).cpu():
+            axes = [there.any(1).nonzero(), there.any(0).nonzero()]
+            found.append(tuple((int(axis[0]), int(axis[-1]) + 1) for axis in axes) if len(axes[0]) else None)
+        return found
+
+    def area(self, place: int) -> int:
+        """Positions in the box around a place."""
+        box = self.boxes[place]
+        return 0 if box is None else (box[0][1] - box[0][0]) * (box[1][1] - box[1][0])
 
     def buckets(self, batch: int, tokens: int) -> list[Bucket]:
         """The places that have any row, for a batch of so many rows of `tokens` each, of which those past ours belong to nobody. Of a

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concept_nodes.ops.attention import blend
-from concept_nodes.ops.lora import Factors, Stack, _Apart
+from concept_nodes.ops.lora import Factors, Stack, _Crops, _Together
 from concept_nodes.ops.shares import Shares
 
 CPU = torch.device("cpu")
@@ -153,31 +153,61 @@ class TestStackInPlaces:
         stack.set_strengths([1.0], [0], Shares(rows))
         torch.testing.assert_close(stack(torch.zeros(2, 6, 4, 4), True, x), plain * rows.view(1, 1, 4, 4))
 
-    @pytest.mark.parametrize("worth", [0.0, 100.0], ids=["together", "apart"])
-    @pytest.mark.parametrize("hard", [False, True])
-    def test_a_convolution_of_one_position_is_masked_like_a_linear_layer(self, monkeypatch, worth, hard):
-        monkeypatch.setattr(Stack, "WORTH", worth)
-        adapters = [[Factors(random(rank, 10, 1, 1, seed=rank), random(12, rank, seed=rank + 9), 0.5)] for rank in (2, 5, 3)]
-        convolution = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-        rows, x = shared(3, 24, seed=2, hard=hard), random(2, 10, 4, 6, seed=7)
-        stack = Stack(adapters, CPU, torch.float32, convolution)
-        stack.set_strengths([0.7, -0.4, 1.0], range(3), Shares(rows))
-        assert isinstance(stack._placed, _Apart) == (worth > 0)
-        y = stack(torch.zeros(2, 12, 4, 6), True, x)
-        flat = [[Factors(one.down.flatten(1), one.up, one.scale)] for (one,) in adapters]
-        expected = self.expected(flat, [0.7, -0.4, 1.0], range(3), rows, x.flatten(2).transpose(1, 2), 12)
-        torch.testing.assert_close(y.flatten(2).transpose(1, 2), expected, rtol=1e-4, atol=1e-4)
-        small = random(2, 10, 2, 2, seed=8)
-        assert torch.count_nonzero(stack(torch.zeros(2, 12, 2, 2), True, small)) == 0
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize(
+        "kernel, options",
+        [
+            ((1, 1), {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}),
+            ((3, 3), {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}),
+            ((3, 3), {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1)}),
+            ((3, 5), {"stride": (1, 2), "padding": (2, 3), "dilation": (2, 1)}),
+        ],
+    )
+    def test_a_convolution_in_boxes_is_the_whole_one(self, monkeypatch, kernel, options, batch, fused):
+        """Boxes in the middle, at the edges and over all of it; two adapters in one; one that has nothing; soft shares; pictures of a
+        batch with shares of their own.
+        """
+        x = random(2, 5, 12, 14, seed=7)
+        height, width = torch.nn.functional.conv2d(x, torch.zeros(1, 5, *kernel), **options).shape[2:]
+        rows = torch.zeros(5, batch, height, width)
+        rows[0, :, 1:3, 2:5], rows[1, :, -2:, -3:], rows[2] = 1.0, 0.6, 0.3
+        rows[3, 0, :1, :4] = 1.0  # 4 has nothing
+        spans = [(0, 4), (4, 2), (1, 3), (0, 6), None, (2, 2)] if fused else [None] * 6
+        adapters = [
+            [Factors(random(rank, 5, *kernel, seed=rank), random(span[1] if span else 6, rank, seed=rank + 9), 0.5, span)]
+            for rank, span in zip((2, 5, 3, 1, 4, 2), spans, strict=True)
+        ]
+        strengths, places = [0.7, -0.4, 1.0, 2.0, 0.3, -1.1], [0, 1, 2, 3, 4, 0]
+        made = {}
+        for worth in (0.0, 100.0):
+            monkeypatch.setattr(Stack, "WORTH", worth)
+            stack = Stack(adapters, CPU, torch.float32, options)
+            stack.set_strengths(strengths, places, Shares(rows.flatten(2), (height, width)))
+            assert isinstance(stack._placed, _Crops) == (worth > 0)
+            made[worth] = stack(random(2, 6, height, width, seed=1), True, x)
+        torch.testing.assert_close(made[100.0], made[0.0], rtol=1e-4, atol=1e-4)
+        assert not torch.equal(made[0.0], random(2, 6, height, width, seed=1))
 
-    @pytest.mark.parametrize("change", [{"stride": (2, 2)}, {"padding": (1, 1)}, {"kernel": (3, 3)}])
-    def test_other_convolutions_are_not_taken_apart(self, monkeypatch, change):
+    def test_a_map_of_another_size_gets_nothing_and_it_is_told(self, monkeypatch):
         monkeypatch.setattr(Stack, "WORTH", 100.0)
-        kernel = change.pop("kernel", (1, 1))
-        convolution = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} | change
-        stack = Stack([[Factors(random(2, 5, *kernel), random(6, 2))] for _ in range(3)], CPU, torch.float32, convolution)
-        stack.set_strengths([1.0] * 3, range(3), Shares(shared(3, 16, seed=1)))
-        assert not isinstance(stack._placed, _Apart)
+        options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+        stack = Stack([[Factors(random(2, 5, 3, 3), random(6, 2))] for _ in range(2)], CPU, torch.float32, options)
+        shares = Shares(shared(2, 16, seed=1), (4, 4))
+        stack.set_strengths([1.0, 1.0], [0, 1], shares)
+        assert torch.count_nonzero(stack(torch.zeros(1, 6, 2, 8), True, random(1, 5, 2, 8))) == 0
+        assert shares.missed
+
+    def test_boxes_pay_where_they_are_small(self):
+        options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+        rows = torch.zeros(4, 1, 8, 8)
+        rows[0, :, :4, :4] = rows[1, :, :4, 4:] = rows[2, :, 4:, :4] = rows[3, :, 4:, 4:] = 1.0
+        scattered = torch.zeros(4, 1, 8, 8)
+        scattered[torch.arange(64) % 4, 0, torch.arange(64) // 8, torch.arange(64) % 8] = 1.0
+        for shares, kind in ((rows, _Crops), (scattered, _Together)):
+            stack = Stack([[Factors(random(2, 5, 3, 3), random(6, 2))] for _ in range(4)], CPU, torch.float32, options)
+            stack.set_strengths([1.0] * 4, range(4), Shares(shares.flatten(2), (8, 8)))
+            assert type(stack._placed) is kind
 
 
 class TestBlend:
