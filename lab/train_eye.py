@@ -83,6 +83,13 @@ def spoilt(kind: int, scenes: Scenes, pictures, rebuild):
     return rebuild(pictures, noise=0.6 + 0.9 * float(torch.rand(())))
 
 
+def shaken(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures a little lighter or darker, with a little noise or none: good and spoilt ones alike, or that would tell them apart."""
+    light = 0.03 * torch.randn(len(pictures), 1, 1, 1, device=pictures.device)
+    noise = 0.012 * torch.rand(len(pictures), 1, 1, 1, device=pictures.device) * torch.randn_like(pictures)
+    return (pictures + light + noise).clamp(0, 1)
+
+
 def train(
     name: str,
     folder: Path,
@@ -117,10 +124,9 @@ def train(
         scenes, pictures, rebuilt = bank.draw(batch)
         half = len(pictures) // 2
         good = torch.cat([pictures[:half], rebuilt[half:]])
-        good = (good + 0.03 * torch.randn(len(good), 1, 1, 1, device=device) + 0.008 * torch.randn_like(good)).clamp(0, 1)
         bad = spoilt(int(torch.randint(ways, ())), scenes, pictures, rebuild)[::2]
         with mixed(device):
-            grid, scene = module(torch.cat([good, bad]))
+            grid, scene = module(torch.cat([shaken(good), shaken(bad)]))
         n = len(good)
         loss = scene_loss({k: v[:n] for k, v in grid.items()}, {k: v[:n] for k, v in scene.items()}, scenes)
         truth = torch.cat([torch.ones(n, device=device), torch.zeros(len(bad), device=device)])

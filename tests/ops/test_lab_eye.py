@@ -96,6 +96,14 @@ class TestValidity:
         assert spoilt.shape == (200, 3, 64, 64)
         assert share(valid(eye, spoilt) < 0.5) >= 0.85
 
+    @pytest.mark.parametrize("noise", [0.004, 0.012])
+    def test_a_little_noise_says_nothing(self, eye, scenes, noise):
+        """An eye that saw spoilt pictures without noise alone would take noise for a sign of a good one, and its absence for a fault."""
+        torch.manual_seed(0)
+        pictures, spoilt = render(scenes), torch.cat([corrupt(render(scenes)) for corrupt in corruptions.UNSEEN.values()])
+        assert share(valid(eye, (pictures + noise * torch.randn_like(pictures)).clamp(0, 1)) > 0.5) >= 0.98
+        assert share(valid(eye, (spoilt + noise * torch.randn_like(spoilt)).clamp(0, 1)) < 0.5) >= 0.85
+
     def test_unseen_corruptions_are_told_apart_on_average(self, eye, scenes):
         torch.manual_seed(0)
         spoilt = torch.cat([valid(eye, corrupt(render(scenes))) for corrupt in corruptions.UNSEEN.values()])
