@@ -6,6 +6,7 @@ from typing import Any
 from concept_nodes.setup.server import PACK
 
 READY = "() => window.app?.vueAppReady && window.app.isGraphReady && window.app.canvas"
+LOADED = "() => window.app.rootGraph.nodes.length > 0"
 # The view is fitted to a new graph a moment after it is shown; until then nodes move under the mouse.
 VIEW_AT_REST = """() => {
     const before = window.viewBefore;
@@ -33,6 +34,8 @@ class Canvas:
     def open(self, query: str = "") -> None:
         self.page.goto(f"{self.url}/{query}")
         self.page.wait_for_function(READY, timeout=START_TIMEOUT_MS)
+        # The first workflow comes after that, and would take the place of what a test puts on the graph before it.
+        self.page.wait_for_function(LOADED, timeout=START_TIMEOUT_MS)
 
     def open_template(self, name: str) -> None:
         """Open a template of this pack by the address that the gallery's links have."""
