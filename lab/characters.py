@@ -11,7 +11,7 @@ from ..host import lab as host_lab
 from .captions import COMPLETE, Wording, Writer, write_captions
 from .eye import Eye, Reading, cell_of
 from .measure import Asked, ask, draw, hits, placed_in_words
-from .scenes import BACKGROUNDS, CELLS, KINDS, SHAPES, Scenes, sample_scenes
+from .scenes import BACKGROUNDS, CELLS, KINDS, SHAPES, Scenes, cat_scenes, sample_scenes
 
 # Each word is one of captions.RESERVED_WORDS, which mean nothing to the models.
 WORDS = {"robot": "sks", "cat": "ohwx", "snowman": "zwx", "alien": "qpk", "mushroom": "vbn", "penguin": "wqt"}
@@ -32,14 +32,21 @@ def show(name: str, scenes: Scenes) -> Scenes:
     return replace(scenes, kind=torch.where(scenes.kind >= len(SHAPES), KINDS.index(name), scenes.kind))
 
 
+CROWDED = 96  # pixels a side from which a lesson may hold more than two objects
+
+
 def lessons(name: str, n: int, *, size: int, generator: torch.Generator) -> Scenes:
-    """n scenes to learn a character from: alone in six of ten, beside an ordinary object in one or two, the rest without it, so that
-    the words of ordinary objects keep their meaning.
+    """n scenes to learn a character from: alone in half of them, beside ordinary objects in two of ten, the rest without it, so that
+    the words of ordinary objects keep their meaning. Larger canvases hold up to six objects.
     """
-    counts = {1: 0.7, 2: 0.3}
-    drawn = sample_scenes(3 * n, height=size, width=size, counts=counts, characters=0.7, generator=generator)
-    characters = ((drawn.kind >= len(SHAPES)) & drawn.present()).sum(1)
-    return show(name, drawn[torch.nonzero(characters <= 1).flatten()[:n]])
+    crowd = 0 if size < CROWDED else n // 3
+    few = sample_scenes(3 * n, height=size, width=size, counts={1: 0.7, 2: 0.3}, characters=0.7, generator=generator)
+    characters = ((few.kind >= len(SHAPES)) & few.present()).sum(1)
+    few = few[torch.nonzero(characters <= 1).flatten()[: n - crowd]]
+    many = sample_scenes(8 * crowd, height=size, width=size, counts={k: 1.0 for k in (3, 4, 5, 6)}, characters=0.3, generator=generator)
+    characters = ((many.kind >= len(SHAPES)) & many.present()).sum(1)
+    many = many[torch.nonzero(characters == 1).flatten()[:crowd]]
+    return show(name, cat_scenes([few, many]))
 
 
 def ask_for(name: str, n: int, *, size: int, seed: int, wording: Wording = COMPLETE, plain: bool = True) -> Asked:

@@ -1,0 +1,342 @@
+"""The filter on the host's own text encoders, of random weights where exactness is what counts, and on the lab's, which knows words."""
+
+import pytest
+import text_encoders
+import torch
+
+from concept_nodes.host import lab
+from concept_nodes.host.encoders import FILLER, EncoderError, Reader, ends, seats, without, words
+from concept_nodes.host.filter import METHODS, OURS, PAPER, RELEASED, FilterError, Settings, keep_out, listed
+from concept_nodes.nodes.filter import PRESETS, Filter
+
+TEXT = "a large red circle on the left of a (blue:1.2) star"
+KINDS = [kind for kind in text_encoders.KINDS if kind != "sd3"]
+
+
+@pytest.fixture(scope="module")
+def lab_clip():
+    return lab.load_clip()
+
+
+def same(one: list, other: list) -> bool:
+    """Whether two CONDITIONINGs are the same, bit for bit."""
+    return len(one) == len(other) and all(
+        torch.equal(a, b) and p.keys() == q.keys() and all(torch.equal(p[key], q[key]) if torch.is_tensor(p[key]) else p[key] == q[key] for key in p)
+        for (a, p), (b, q) in zip(one, other, strict=True)
+    )
+
+
+def anything(method=OURS, **settings) -> Settings:
+    """Settings by which some word of any text is flagged in all steps: random encoders know no concept."""
+    return Settings(**{"method": method, "gate": 1e-6 if method == OURS else 0.0, "alpha": 0.0, "self_validating": "off"} | settings)
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_are_found_as_they_are_written(kind):
+    clip = text_encoders.build(kind)
+    for seat in seats(clip):
+        windows = clip.tokenize("A crimson trigon, (lit brightly:1.3) by neon", return_word_ids=True)[seat.key]
+        found = words(clip, seat, windows)
+        told = [word.text for word in found if word.text not in (",", "")]
+        assert [text.strip(",").lower() for text in told] == ["a", "crimson", "trigon", "lit", "brightly", "by", "neon"]
+        positions = [position for word in found for position in word.at]
+        assert positions == [position for position, item in enumerate(windows[0]) if item[2]]
+
+
+def test_a_learned_embedding_is_one_word(lab_clip):
+    seat = seats(lab_clip)[0]
+    window = [(49406, 1.0, 0), (320, 1.0, 1), (torch.zeros(128), 1.0, 2), (torch.ones(128), 1.0, 2), (736, 1.0, 3), (49407, 1.0, 0)]
+    assert [(word.text, word.at) for word in words(lab_clip, seat, [window])] == [("a", (1,)), ("embedding", (2, 3)), ("red", (4,))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reading_is_what_the_host_encodes(kind):
+    """Many windows at once, each as the host encodes it alone."""
+    clip = text_encoders.build(kind)
+    texts = ["a red circle", "blue", ""]
+    for seat in seats(clip):
+        windows = [clip.tokenize(text, return_word_ids=True)[seat.key][0] for text in texts]
+        vectors, rows, pooled = Reader(clip).read(seat, windows)
+        for number, text in enumerate(texts):
+            context, options = text_encoders.encode(clip, text)[0]
+            if seat.columns is not None:
+                expected = context[0, : len(windows[number]), slice(*seat.columns)]
+                assert torch.allclose(rows[number, : len(expected)], expected, atol=1e-5)
+                if seat.causal:
+                    assert torch.equal(vectors[number], rows[number, ends(seat, windows[number])])
+                elif text:
+                    assert torch.allclose(vectors[number], rows[number, : ends(seat, windows[number])].mean(0), atol=1e-5)
+            if seat.pooled is not None:
+                assert torch.allclose(pooled[number], options["pooled_output"][0, slice(*seat.pooled)], atol=1e-5)
+
+
+def test_rows_of_stable_diffusion_3_lie_behind_one_another():
+    clip = text_encoders.build("sd3")
+    found = {seat.part: seat for seat in seats(clip)}
+    assert found["clip_l"].columns == (0, 24) and found["clip_g"].columns == (24, 56) and found["t5xxl"].columns == (0, 4096)
+    assert found["t5xxl"].after and not found["clip_l"].after
+    assert {seat.part: seat.columns for seat in seats(text_encoders.build("sd3 without t5"))} == {"clip_l": (0, 24), "clip_g": (24, 56)}
+
+
+def test_other_encoders_are_refused_by_name():
+    class Llama(torch.nn.Module):
+        pass
+
+    class Other:
+        cond_stage_model = Llama()
+
+    with pytest.raises(EncoderError, match="Llama.*Stable Diffusion 1.5, SDXL, Stable Diffusion 3 and Flux.1"):
+        seats(Other())
+
+
+# --- nothing is nothing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_do_is_bit_for_bit_the_hosts_encoding(kind, method):
+    clip = text_encoders.build(kind)
+    plain = text_encoders.encode(clip, TEXT)
+    idle = {
+        "strength is 0": (TEXT, ["red"], anything(method, strength=0.0)),
+        "no concept": (TEXT, [], anything(method)),
+        "no step": (TEXT, ["red"], anything(method, start_percent=0.4, end_percent=0.4)),
+    }
+    for reason, (text, concepts, settings) in idle.items():
+        done = keep_out(clip, text, concepts, settings)
+        assert not done.changed and reason in " ".join(done.report) and same(done.conditioning, plain)
+    done = keep_out(clip, "", ["red"], anything(method))
+    assert "no words" in " ".join(done.report) and same(done.conditioning, text_encoders.encode(clip, ""))
+    done = keep_out(clip, TEXT, ["red"], anything(method, gate=1.0) if method == OURS else anything(method, alpha=1e9))
+    assert not done.changed and same(done.conditioning, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_is_given_stays_as_it_is(kind, method):
+    clip = text_encoders.build(kind)
+    given = text_encoders.encode(clip, TEXT)
+    given[0][1]["area"] = (4, 4, 0, 0)
+    kept = [[context.clone(), {key: value.clone() if torch.is_tensor(value) else value for key, value in options.items()}] for context, options in given]
+    done = keep_out(clip, TEXT, ["red", "star"], anything(method), given)
+    assert done.changed and done.conditioning[0][1]["area"] == (4, 4, 0, 0)
+    assert same(given, kept) and done.conditioning[0] is not given[0]
+    assert not torch.equal(done.conditioning[0][0], given[0][0])
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_without_a_push_is_the_prompt_without_the_words(kind):
+    clip = text_encoders.build(kind)
+    done = keep_out(clip, TEXT, ["red"], anything(push=0.0))
+    tokens = clip.tokenize(TEXT, return_word_ids=True)
+    bare = dict(tokens)
+    for seat in seats(clip):
+        told = next(line for line in done.report if line.startswith(seat.part + ":"))
+        bare[seat.key] = list(tokens[seat.key])
+        for word in words(clip, seat, tokens[seat.key]):
+            if f"'{word.text}' (" in told:
+                bare[seat.key][word.window] = without(bare[seat.key][word.window], word.at)
+        assert any(item[0] == FILLER and item[2] for window in bare[seat.key] for item in window), told
+    plain = {key: [[item[:2] for item in window] for window in windows] for key, windows in bare.items()}
+    context, options = clip.encode_from_tokens_scheduled(plain)[0]
+    assert torch.allclose(done.conditioning[0][0], context, atol=1e-5)
+    assert torch.allclose(done.conditioning[0][1]["pooled_output"], options["pooled_output"], atol=1e-5)
+
+
+def test_strength_and_push_go_along_one_way():
+    clip = text_encoders.build("sd15")
+    plain = text_encoders.encode(clip, TEXT)[0][0]
+    whole = keep_out(clip, TEXT, ["red"], anything(push=0.0)).conditioning[0][0] - plain
+    for strength, push in ((0.5, 0.0), (1.0, 0.5), (2.0, 1.0)):
+        part = keep_out(clip, TEXT, ["red"], anything(strength=strength, push=push)).conditioning[0][0] - plain
+        assert torch.allclose(part, strength * (1 + push) * whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_that_may_not_change_do_not(method):
+    clip = text_encoders.build("sd15")
+    seat = seats(clip)[0]
+    window = clip.tokenize(TEXT, return_word_ids=True)["l"][0]
+    stop, plain = ends(seat, window), text_encoders.encode(clip, TEXT)[0][0]
+    for rows, last in (("words", stop), ("words and end", stop + 1), ("all", 77)):
+        context = keep_out(clip, TEXT, ["red"], anything(method, rows=rows)).conditioning[0][0]
+        moved = (context != plain).any(-1)[0]
+        assert not moved[last:].any() and moved[:last].any() and not moved[0]
+        assert method == OURS or bool(moved[last - 1]) == (rows != "words") or moved[1:stop].any()
+
+
+def test_columns_of_one_encoder_are_its_own():
+    """SDXL: an encoder in which nothing was flagged keeps its columns, bit for bit; and the one that flagged keeps out of them."""
+    clip = text_encoders.build("sdxl")
+    plain = text_encoders.encode(clip, TEXT)[0][0]
+    seen = set()
+    for alpha in (0.0, 0.1, 0.12, 0.14, 0.16, 0.18, 0.3):
+        done = keep_out(clip, TEXT, ["red", "circle"], anything(PAPER, alpha=alpha))
+        flags = tuple("no word flagged" not in line for line in done.report[:2])
+        moved = (done.conditioning[0][0] != plain).any(1)[0]
+        assert (bool(moved[:24].any()), bool(moved[24:].any())) == flags
+        seen.add(flags)
+    assert {(True, True), (False, False)} < seen, seen  # and at least one of them alone
+
+
+def test_t5s_rows_alone_leave_the_others():
+    """Stable Diffusion 3: T5's rows begin where the others' end, and the context is wide enough for both."""
+    clip = text_encoders.build("sd3")
+    plain = text_encoders.encode(clip, "red")[0][0]
+    done = keep_out(clip, "red", ["red"], anything(RELEASED))
+    moved = (done.conditioning[0][0] != plain).any(-1)[0]
+    assert moved[1] and moved[77] and moved.sum() == 2  # the word's row in CLIP's windows, and T5's first
+
+
+def test_a_long_prompt_is_filtered_window_by_window(lab_clip):
+    text = ", ".join(["a small blue cross"] * 18) + ", a red star"
+    windows = lab_clip.tokenize(text)["l"]
+    assert len(windows) == 2
+    done = keep_out(lab_clip, text, ["red"], Settings())
+    plain = text_encoders.encode(lab_clip, text)[0][0]
+    moved = (done.conditioning[0][0] != plain).any(-1)[0]
+    assert done.changed and not moved[:77].any() and moved[77:].any() and "'red' (" in done.report[0]
+
+
+def test_weights_are_kept(lab_clip):
+    heavy, light = (keep_out(lab_clip, f"(red:{weight}) star", ["red"], Settings(push=0.0)) for weight in (1.3, 0.7))
+    assert heavy.changed and light.changed
+    tokens = lab_clip.tokenize("(red:1.3) star")
+    tokens["l"][0][1] = (FILLER, 1.3)
+    expected = lab_clip.encode_from_tokens(tokens)
+    assert torch.allclose(heavy.conditioning[0][0], expected, atol=1e-4)
+    assert not torch.allclose(heavy.conditioning[0][0], light.conditioning[0][0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, flagged",
+    [
+        ("a large red circle on the left", {"red"}),
+        ("a crimson star and a blue ruby heart", {"crimson", "ruby"}),
+        ("a small star the colour of blood on grey", {"blood"}),
+        ("red", {"red"}),
+        ("a red thing", {"red"}),
+        ("a large blue circle on a white background", set()),
+        ("an orange star and a pink heart", set()),
+        ("a photograph of a green hill", set()),
+    ],
+)
+def test_words_that_bring_a_concept_are_flagged(lab_clip, text, flagged):
+    """On an encoder that knows its words: synonyms and descriptions of what is kept out, not the colours next to it."""
+    done = keep_out(lab_clip, text, ["red"], Settings())
+    told = {part.split("'")[1] for part in done.report[0].split(": ", 1)[1].split(", ") if part.startswith("'")} if done.changed else set()
+    assert told == flagged, done.report
+
+
+# --- as published -----------------------------------------------------------------------------------------------------------------
+
+
+def transcribed(clip, text: str, concepts: list[str], alpha: float = 0.01):
+    """The released code's arithmetic for Stable Diffusion 1.4, written from its description: pseudo-inverse, id 0 for a masked token, the
+    vector at the end of the text, its own steps. -> context, steps
+    """
+
+    def projection(vectors):  # (K, D)
+        columns = vectors.T
+        return columns @ torch.linalg.pinv(columns.T @ columns, rcond=1e-15) @ columns.T
+
+    def encode(ids):
+        context = clip.encode_from_tokens({"l": [[(token, 1.0) for token in ids]]})[0]
+        return context, context[ids.index(49407)]
+
+    def ids_of(phrase):
+        return [token for token, _ in clip.tokenize(phrase)["l"][0]]
+
+    ids = ids_of(text)
+    n = ids.index(49407) - 1
+    unwanted = torch.stack([encode(ids_of(concept))[1] for concept in concepts])
+    masked = torch.stack([encode([0 if at == i else token for at, token in enumerate(ids)])[1] for i in range(1, n + 1)])
+    eye = torch.eye(unwanted.shape[1])
+    from_concepts, into_prompt = eye - projection(unwanted), projection(masked)
+    distance = (from_concepts @ masked.T).norm(dim=0)
+    mask = [bool(distance[i] > (1 + alpha) * torch.cat([distance[:i], distance[i + 1 :]]).mean()) for i in range(n)]
+    before = encode(ids)[0]
+    projected = (from_concepts @ into_prompt @ before.T).T
+    after = before.clone()
+    for i in range(n):
+        if mask[i]:
+            after[i + 1] = projected[i + 1]
+    cosines = torch.nn.functional.cosine_similarity(before[: n + 2], projected[: n + 2])
+    beta = 1 - float(cosines.mean())
+    return after, round(10 / (1 + torch.exp(torch.tensor(-5.0 * (10 * beta - 5.333))).item()))
+
+
+@pytest.mark.parametrize("encoder", ["random", "lab"])
+def test_released_code_is_the_published_arithmetic(encoder, lab_clip):
+    clip = text_encoders.build("sd15") if encoder == "random" else lab_clip
+    for text, concepts in (("a large red circle on grey", ["red", "circle"]), ("three yellow stars at night", ["star"])):
+        expected, steps = transcribed(clip, text, concepts)
+        done = keep_out(clip, text, concepts, Settings(RELEASED, self_validating="off"))
+        assert done.changed and float((done.conditioning[0][0][0] - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+        windowed = keep_out(clip, text, concepts, Settings(RELEASED))
+        if steps == 0:
+            assert not windowed.changed
+        else:
+            before, after = windowed.conditioning[1], windowed.conditioning[0]
+            assert after[1]["start_percent"] == 0.0 and after[1]["end_percent"] == before[1]["start_percent"] == (steps + 1) / 50
+            assert before[1]["end_percent"] == 1.0 and torch.equal(before[0], text_encoders.encode(clip, text)[0][0])
+
+
+def test_the_papers_order_stays_in_the_prompts_span():
+    clip = text_encoders.build("sd15")
+    outs = {order: keep_out(clip, TEXT, ["red"], anything(RELEASED, order=order)).conditioning[0][0] for order in ("concepts last", "prompt last")}
+    own = {method: keep_out(clip, TEXT, ["red"], anything(method)).conditioning[0][0] for method in (RELEASED, PAPER)}
+    assert torch.equal(outs["concepts last"], own[RELEASED]) and torch.equal(outs["prompt last"], own[PAPER])
+    assert not torch.equal(own[RELEASED], own[PAPER])
+
+
+def test_only_the_published_family_is_called_published():
+    for kind in KINDS:
+        report = " ".join(keep_out(text_encoders.build(kind), TEXT, ["red"], anything(PAPER)).report)
+        assert ("our reading of it" in report) == (kind != "sd15")
+
+
+# --- what users do ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", ["red", "!", "xqzzt vrb", "a red star " * 30, "\u65e5\u672c \U0001f600"], ids=["one", "mark", "unknown", "long", "signs"])
+def test_odd_texts_and_many_concepts_work(method, text, lab_clip):
+    concepts = listed("\n".join(["red", "red", "  ", "red,", "wqx", *(f"thing {number}" for number in range(150))]))
+    assert len(concepts) == 152
+    done = keep_out(lab_clip, text, concepts, Settings(method))
+    for context, options in done.conditioning:
+        assert context.isfinite().all() and options["pooled_output"].isfinite().all()
+
+
+def test_too_many_concepts_are_refused():
+    with pytest.raises(FilterError, match="201 lines, and 200 is the most"):
+        listed("\n".join(f"thing {number}" for number in range(201)))
+
+
+def test_conditioning_of_another_text_or_encoder_is_refused(lab_clip):
+    mixed = text_encoders.encode(lab_clip, TEXT) + text_encoders.encode(lab_clip, "a green hill")
+    with pytest.raises(FilterError, match="Entry 2 of conditioning was not made of this text by this CLIP"):
+        keep_out(lab_clip, TEXT, ["red"], Settings(), mixed)
+    with pytest.raises(FilterError, match="Entry 1 of conditioning"):
+        keep_out(lab_clip, TEXT, ["red"], Settings(), text_encoders.encode(text_encoders.build("sd15"), TEXT))
+    with pytest.raises(FilterError, match="conditioning is empty"):
+        keep_out(lab_clip, TEXT, ["red"], Settings(), [])
+
+
+def test_the_node_tells_what_it_did(lab_clip):
+    positive, negative, report = Filter.execute(lab_clip, "a red star", "red", "lettering", OURS, 1.0).result
+    assert report.startswith("Kept out: red, text, letters,") and "'red' (" in report and "in all steps" in report
+    assert same(negative, text_encoders.encode(lab_clip, ", ".join(["red", *PRESETS["lettering"]])))
+    windowed, _, report = Filter.execute(lab_clip, "a red star", "red", "none", OURS, 1.0, start_percent=0.2, end_percent=0.6).result
+    assert [(one["start_percent"], one["end_percent"]) for _, one in windowed] == [(0.0, 0.2), (0.2, 0.6), (0.6, 1.0)] and "0.2 to 0.6" in report
+    plain, _, report = Filter.execute(lab_clip, "a red star", "", "none", OURS, 1.0).result
+    assert same(plain, text_encoders.encode(lab_clip, "a red star")) and "Nothing done" in report
+    with pytest.raises(FilterError, match="no text encoder"):
+        Filter.execute(None, "a red star", "red", "none", OURS, 1.0)
