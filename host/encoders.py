@@ -126,8 +126,8 @@ class Reader:
         self.clip, self.calls = clip, 0
 
     def read(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What an encoder makes of windows: (vectors (N, D), rows (N, T, D), pooled (N, P) or None). A vector is the row that ends the words of
-        a CLIP, and the mean of a T5's words. The host's CLIP takes whole windows only, however short the text.
+        """What an encoder makes of windows: (vectors (N, D), rows (N, T, D), pooled (N, P) or None). A vector is the row that ends the
+        words of a CLIP, and the mean of a T5's words. The host's CLIP takes whole windows only, however short the text.
         """
         clip, model = self.clip, self.clip.cond_stage_model
         stops = [ends(seat, window) for window in windows]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import filter as ops
-from .encoders import EncoderError, Reader, Seat, Word, ends, seats, without, words
+from .encoders import Reader, Seat, Word, ends, seats, without, words
 from .poles import POOLED, windowed
 
 OURS, PAPER, RELEASED = "ours", "paper", "released_code"
@@ -36,8 +36,8 @@ class FilterError(ValueError):
 
 
 class Settings(NamedTuple):
-    """How to filter. strength: 0 nothing, 1 as meant; push (ours): how far beyond leaving out; gate: how much of a concept a word must bring,
-    0 the method's own; alpha: by how much a word must stand out among the others (published methods).
+    """How to filter. strength: 0 nothing, 1 as meant; push (ours): how far beyond leaving out; gate: how much of a concept a word must
+    bring, 0 the method's own; alpha: by how much a word must stand out among the others (published methods).
     """
 
     method: str = OURS
@@ -54,7 +54,7 @@ class Settings(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A word that brings a concept: how much of it, 0 to 1 and more; and from where the verdict is."""
+    """A word that brings a concept, and how much of it, 0 to 1 and more."""
 
     word: Word
     concept: str
@@ -79,8 +79,8 @@ def listed(text: str) -> list[str]:
 
 
 def keep_out(clip, text: str, concepts: Sequence[str], settings: Settings, conditioning: Sequence | None = None) -> Filtered:
-    """CONDITIONING of a text without the concepts. conditioning: entries that were made of this text by this CLIP, which keep what else they
-    hold (areas, masks, ControlNets). Raises FilterError, EncoderError.
+    """CONDITIONING of a text without the concepts. conditioning: entries that were made of this text by this CLIP, which keep what else
+    they hold (areas, masks, ControlNets). Raises FilterError, EncoderError.
     """
     own = seats(clip)
     tokens = clip.tokenize(text, return_word_ids=True)
@@ -117,7 +117,9 @@ def encoded(clip, tokens) -> tuple[torch.Tensor, dict]:
     plain = {key: [[item[:2] for item in window] for window in windows] for key, windows in tokens.items()}
     entries = clip.encode_from_tokens_scheduled(plain, show_pbar=False)
     if len(entries) != 1:
-        raise FilterError("This CLIP carries scheduled hooks, which give the prompt a context for each part of sampling. Filter a CLIP without.")
+        raise FilterError(
+            "This CLIP carries scheduled hooks, which give the prompt a context for each part of sampling. Filter a CLIP without."
+        )
     return entries[0][0], entries[0][1]
 
 
@@ -129,8 +131,9 @@ def matching(conditioning: Sequence, whole: tuple[torch.Tensor, dict]) -> list:
         same = context.shape == whole[0].shape and torch.allclose(context.float(), whole[0].to(context).float(), atol=1e-3, rtol=1e-3)
         if not same:
             raise FilterError(
-                f"Entry {number} of conditioning was not made of this text by this CLIP: its {tuple(context.shape)} numbers differ from the "
-                f"text's {tuple(whole[0].shape)}. Connect the same CLIP and write the same text, or filter before conditions are combined."
+                f"Entry {number} of conditioning was not made of this text by this CLIP: its {tuple(context.shape)} numbers differ from "
+                f"the text's {tuple(whole[0].shape)}. Connect the same CLIP and write the same text, or filter before conditions are "
+                "combined."
             )
     return [[context, dict(options)] for context, options in conditioning]
 
@@ -157,7 +160,9 @@ def _contents(window: Sequence[tuple]) -> list[int]:
     return [position for position, (_, _, segment) in enumerate(window) if segment]
 
 
-def find(reader: Reader, seat: Seat, windows, there: Sequence[Word], concepts: Sequence[str], brought_by: torch.Tensor, gate: float) -> list[Found]:
+def find(
+    reader: Reader, seat: Seat, windows, there: Sequence[Word], concepts: Sequence[str], brought_by: torch.Tensor, gate: float
+) -> list[Found]:
     """The words of a text that bring a concept, window by window. Those found are left out and the rest is looked through again, until no
     word brings more than the gate: a description in several words hides each of them behind the others.
     """
@@ -204,7 +209,20 @@ def _ours(clip, reader, own, tokens, texts, concepts, settings: Settings, whole,
     if pooled is not None and settings.pooled != OFF:
         pooled = ops.taken_out(pooled, options[POOLED], amount)
     report.append(f"What they bring was taken out {amount:g} times, from {_told(settings.rows, ALL_ROWS)}.")
-    return (changed, pooled), (settings.start_percent, settings.end_percent)
+    if settings.order != OWN:
+        report.append(f"The order '{settings.order}' is for the published methods: nothing is projected here.")
+    window = settings.start_percent, settings.end_percent
+    if settings.self_validating == ON:
+        window = _settled(window, ops.drift(whole[0][rows].view(1, -1).cpu(), changed[rows].view(1, -1).cpu()), False, report)
+    return (changed, pooled), window
+
+
+def _settled(window: tuple[float, float], beta: float, released: bool, report: list[str]) -> tuple[float, float]:
+    """The window, cut where the filter's own drift ends it."""
+    steps = ops.steps_as_released(beta) if released else round(ops.steps_as_published(beta))
+    last = min(1.0, (steps + 1) / PUBLISHED_STEPS)  # both act while the number of a step, from 0 on, is not above it
+    report.append(f"The filter would change the rows by {beta:.3f}, so it acts up to {last:g} of sampling.")
+    return window[0], max(min(window[1], last), window[0])
 
 
 def _told(rows: str, own: str) -> str:
@@ -278,25 +296,21 @@ def _published(clip, reader, own, tokens, texts, concepts, settings: Settings, w
                 for position in edited:
                     moved = rows[position].double() + settings.strength * (clean[position].to(rows.device) - rows[position].double())
                     changed[0, at + position, slice(*seat.columns)] = moved.to(changed.dtype)
-            if hit and settings.pooled == ON and pooled is not None and seat.pooled is not None and number == 0 and vectors_pooled is not None:
-                mine = pooled[:, slice(*seat.pooled)].cpu()
+            # The host's pooled vector is that of the first window.
+            if hit and settings.pooled == ON and seat.pooled and number == 0 and pooled is not None and vectors_pooled is not None:
+                mine = pooled[:, slice(*seat.pooled)].double().cpu()
                 clean = ops.cleaned(mine, ops.Span.of(unwanted_pooled), ops.Span.of(vectors_pooled[1:]), order)
-                clean = clean * (mine.double().norm() / clean.norm().clamp_min(1e-12))
-                pooled[:, slice(*seat.pooled)] = (mine.double() + settings.strength * (clean - mine.double())).to(pooled)
+                clean = clean * (mine.norm() / clean.norm().clamp_min(1e-12))
+                pooled[:, slice(*seat.pooled)] = (mine + settings.strength * (clean - mine)).to(pooled)
             any_flagged |= bool(hit)
-        report.append(f"{seat.part}: {', '.join(repr(name) for name in dict.fromkeys(names)) or 'no word'} flagged, {span.rank} directions.")
+        report.append(
+            f"{seat.part}: {', '.join(repr(name) for name in dict.fromkeys(names)) or 'no word'} flagged, {span.rank} directions."
+        )
     window = settings.start_percent, settings.end_percent
     if settings.self_validating != OFF:
-        beta = sum(drifts) / max(len(drifts), 1)
-        steps = ops.steps_as_released(beta) if released else ops.steps_as_published(beta)
-        last = min(1.0, (int(steps) + (1 if steps or not released else 0)) / PUBLISHED_STEPS)
-        window = settings.start_percent, max(min(settings.end_percent, last), settings.start_percent)
-        report.append(f"The filter would change the rows by {beta:.3f}, so it acts up to {window[1]:g} of sampling.")
+        window = _settled(window, sum(drifts) / max(len(drifts), 1), released, report)
     if not any_flagged or window[0] == window[1]:
         return None, None
     if not (len(own) == 1 and own[0].key == "l"):
         report.append("Published for Stable Diffusion 1.x alone: each encoder in its own space is our reading of it.")
     return (changed, pooled), window
-
-
-__all__ = ["EncoderError", "FilterError", "Filtered", "Settings", "keep_out", "listed"]

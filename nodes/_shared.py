@@ -57,18 +57,16 @@ def strength_input(name: str, limit: float, step: float, tooltip: str) -> io.Flo
     return io.Float.Input(name, default=1.0, min=-limit, max=limit, step=step, tooltip=tooltip)
 
 
-def share_input(name: str, default: float, tooltip: str) -> io.Float.Input:
+def share_input(name: str, default: float, tooltip: str, **options) -> io.Float.Input:
     """A number from 0 to 1."""
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
 
 
-def window_inputs(start_hint: str = "") -> list[io.Float.Input]:
+def window_inputs(start_hint: str = "", **options) -> list[io.Float.Input]:
     """start_percent and end_percent."""
     start = "Where in sampling it begins to act, as a share from 0 (neutral, the first step) to 1." + start_hint
-    return [
-        share_input("start_percent", 0.0, start),
-        share_input("end_percent", 1.0, "Where in sampling it stops acting, as a share from 0 to 1 (neutral, the last step)."),
-    ]
+    end = "Where in sampling it stops acting, as a share from 0 to 1 (neutral, the last step)."
+    return [share_input("start_percent", 0.0, start, **options), share_input("end_percent", 1.0, end, **options)]
 
 
 def schedule_input() -> io.String.Input:

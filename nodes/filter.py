@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..host import filter as host_filter
 from ..host.filter import METHODS, ORDERS, OURS, OWN, ROWS, SWITCH, FilterError, Settings, keep_out, listed
-from ._shared import NONE, check_numbers, describe_window, share_input
+from ._shared import NONE, check_numbers, describe_window, window_inputs
 
 # Lists to begin with. Copy one into `concepts` to change it: the report shows what was used.
 PRESETS = {
@@ -29,7 +29,16 @@ class Filter(io.ComfyNode):
                 "Encodes a prompt without what its words bring of unwanted concepts. No training, no weights touched, no model call added, "
                 "and it works at CFG 1, where negative prompts do nothing. A prompt that brings none of them stays as it is, bit for bit."
             ),
-            search_aliases=["negative prompt", "SAFREE", "concept erasure", "safety filter", "remove concept", "CFG 1", "censor", "block words"],
+            search_aliases=[
+                "negative prompt",
+                "SAFREE",
+                "concept erasure",
+                "safety filter",
+                "remove concept",
+                "CFG 1",
+                "censor",
+                "block words",
+            ],
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the model reads."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
@@ -66,7 +75,8 @@ class Filter(io.ComfyNode):
                     "conditioning",
                     optional=True,
                     tooltip=(
-                        "The same text, encoded by the same CLIP, with areas, masks or ControlNets: they are kept. Neutral: not connected, the "
+                        "The same text, encoded by the same CLIP, with areas, masks or ControlNets: they are kept. Neutral: not "
+                        "connected, the "
                         "text is encoded here."
                     ),
                 ),
@@ -77,8 +87,10 @@ class Filter(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "ours: how far beyond leaving the words out it goes, so that the model does not choose the concept by itself. 0: the "
+                        "ours: how far beyond leaving the words out it goes, so that the model does not choose the concept by itself. "
+                        "0: the "
                         "prompt without them."
                     ),
                 ),
@@ -89,8 +101,10 @@ class Filter(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to one the "
+                        f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to "
+                        f"one the "
                         "prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
                     ),
                 ),
@@ -101,6 +115,7 @@ class Filter(io.ComfyNode):
                     max=0.2,
                     step=0.005,
                     optional=True,
+                    advanced=True,
                     tooltip="paper, released_code: by what share a word must stand out among the others to be flagged. Published: 0.01.",
                 ),
                 io.Combo.Input(
@@ -108,8 +123,10 @@ class Filter(io.ComfyNode):
                     options=list(ORDERS),
                     default=OWN,
                     optional=True,
+                    advanced=True,
                     tooltip=(
-                        "paper, released_code: which projection comes last. 'concepts last' leaves nothing of them, 'prompt last' stays among "
+                        "paper, released_code: which projection comes last. 'concepts last' leaves nothing of them, 'prompt last' stays "
+                        "among "
                         "what the prompt can say, 'concepts only' changes least."
                     ),
                 ),
@@ -118,6 +135,7 @@ class Filter(io.ComfyNode):
                     options=list(ROWS),
                     default=OWN,
                     optional=True,
+                    advanced=True,
                     tooltip="Which rows may change. The end and the padding sum the words up. Ours: all; published: the words'.",
                 ),
                 io.Combo.Input(
@@ -125,6 +143,7 @@ class Filter(io.ComfyNode):
                     options=list(SWITCH),
                     default=OWN,
                     optional=True,
+                    advanced=True,
                     tooltip="Whether the pooled vector is filtered, too (SDXL, SD 3 and Flux read it). Ours: on; published: off.",
                 ),
                 io.Combo.Input(
@@ -132,13 +151,13 @@ class Filter(io.ComfyNode):
                     options=list(SWITCH),
                     default=OWN,
                     optional=True,
+                    advanced=True,
                     tooltip=(
                         "Whether the end of the window follows from how much the filter changes, in steps of 50 as published. Ours: off; "
                         "published: on."
                     ),
                 ),
-                share_input("start_percent", 0.0, "Where in sampling it begins to act, as a share from 0 (neutral, the first step) to 1."),
-                share_input("end_percent", 1.0, "Where in sampling it stops acting, as a share from 0 to 1 (neutral, the last step)."),
+                *window_inputs(optional=True, advanced=True),
             ],
             outputs=[
                 io.Conditioning.Output("positive", display_name="positive", tooltip="The prompt without the concepts, for the sampler."),

@@ -1,7 +1,7 @@
 """Keep concepts out of a prompt's embedding: which words bring them, and what is left without them.
 
-Equations of SAFREE (Yoon et al., arXiv 2410.12761), in its paper's form and in that of its released code, which differ; and our own. Rows are
-vectors of D numbers, one for each token. A concept is one vector of the same space, as is the prompt without one of its words.
+Equations of SAFREE (Yoon et al., arXiv 2410.12761), in its paper's form and in that of its released code, which differ; and our own. Rows
+are vectors of D numbers, one for each token. A concept is one vector of the same space, as is the prompt without one of its words.
 
     P_C, P_I    projections on the span of the concepts' vectors, and of the prompt's vectors without a word each
     d_i         |(I - P_C) p_i|, p_i the prompt without word i: how far from the concepts the prompt is without that word
@@ -26,8 +26,8 @@ class Span(NamedTuple):
 
     @classmethod
     def of(cls, vectors: torch.Tensor) -> Span:
-        """Of vectors (K, D). Their lengths, order and repetitions do not matter; vectors of nothing add no direction. By singular values: the
-        inverse of the Gram matrix that is published loses half of the digits, and with them concepts that lie close to one another.
+        """Of vectors (K, D). Their lengths, order and repetitions do not matter; vectors of nothing add no direction. By singular values:
+        the inverse of the Gram matrix that is published loses half of the digits, and with them concepts that lie close to one another.
         """
         vectors = vectors.double()
         lengths = vectors.norm(dim=1, keepdim=True)
@@ -54,8 +54,8 @@ ORDERS = ("concepts last", "prompt last", "concepts only")
 
 
 def cleaned(rows: torch.Tensor, concepts: Span, prompt: Span, order: str) -> torch.Tensor:
-    """Rows (..., D) without the concepts, float64: `concepts last` as the released code does, which leaves nothing of them; `prompt last` as
-    the paper writes, which stays among what the prompt can say; `concepts only` without the prompt's span, which changes least.
+    """Rows (..., D) without the concepts, float64: `concepts last` as the released code does, which leaves nothing of them; `prompt last`
+    as the paper writes, which stays among what the prompt can say; `concepts only` without the prompt's span, which changes least.
     """
     if order == "concepts last":
         return concepts.outside(prompt.inside(rows))
@@ -72,8 +72,8 @@ def distances(without: torch.Tensor, concepts: Span) -> torch.Tensor:
 
 
 def flagged(distances: torch.Tensor, alpha: float, alone: bool = False) -> torch.Tensor:
-    """(N,) bool: the words whose distance exceeds (1 + alpha) times the mean of the other words'. A single word has no others to be compared
-    with: it is flagged or not as `alone` says (the released code divides by nothing there, and flags it).
+    """(N,) bool: the words whose distance exceeds (1 + alpha) times the mean of the other words'. A single word has no others to be
+    compared with: it is flagged or not as `alone` says (the released code divides by nothing there, and flags it).
     """
     n = len(distances)
     if n < 2:
@@ -105,8 +105,8 @@ def steps_as_released(drift: float, most: float = 10.0, middle: float = 5.333, s
 
 
 def amount_brought(without: torch.Tensor, whole: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-    """(N, K) how much of each concept each word brings, 0 to 1 and more. A word brings b = the prompt's vector (D,) less that without the word
-    (N, D); the concept's own words bring c (K, D). The amount is the geometric mean of b's length along c, in lengths of c, and of the
+    """(N, K) how much of each concept each word brings, 0 to 1 and more. A word brings b = the prompt's vector (D,) less that without the
+    word (N, D); the concept's own words bring c (K, D). The amount is the geometric mean of b's length along c, in lengths of c, and of the
     cosine between the two: the first alone is large for whatever changes the prompt much, the second alone for what changes it little.
     """
     tiny = torch.finfo(torch.float64).tiny
@@ -118,10 +118,13 @@ def amount_brought(without: torch.Tensor, whole: torch.Tensor, concepts: torch.T
     return (share.clamp_min(0) * cosine.clamp_min(0)).sqrt()
 
 
-def taken_out(rows: torch.Tensor, without: torch.Tensor, strength: float) -> torch.Tensor:
-    """Rows less `strength` times what the flagged words bring to them: at 0 as they are, at 1 the prompt without these words, beyond it pushed
-    away from what they say. In the rows' own type.
+def taken_out(rows: torch.Tensor, without: torch.Tensor, amount: float) -> torch.Tensor:
+    """Rows (..., D) less `amount` times what the flagged words bring to them: at 0 as they are, at 1 the prompt without these words, beyond
+    it pushed away from what they say, at the length that a row has without them (longer rows cost clean pictures). In the rows' own type.
     """
-    if strength == 0.0:
+    if amount == 0.0:
         return rows
-    return rows + strength * (without.to(rows) - rows)
+    moved = rows.float() + amount * (without.float() - rows.float())
+    if amount > 1.0:
+        moved = moved * (without.float().norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+    return moved.to(rows.dtype)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from concept_nodes.ops import filter as ops
 from concept_nodes.ops.filter import Span
 
@@ -21,7 +22,9 @@ def collinear(condition):
     return vectors
 
 
-@pytest.mark.parametrize("vectors", [random(5, D), collinear(1e4), collinear(1e6), random(40, D)], ids=["plain", "1e4", "1e6", "more than D"])
+@pytest.mark.parametrize(
+    "vectors", [random(5, D), collinear(1e4), collinear(1e6), random(40, D)], ids=["plain", "1e4", "1e6", "more than D"]
+)
 def test_a_projection_is_one(vectors):
     span = Span.of(vectors.float() if len(vectors) == 5 else vectors)
     p = span.inside(torch.eye(D))
@@ -44,7 +47,13 @@ def test_the_published_inverse_fails_where_concepts_are_close():
 def test_only_what_is_spanned_matters():
     vectors, rows, prompt = random(3, D), random(7, D, seed=2), Span.of(random(6, D, seed=3))
     mixed = random(3, 3, seed=4) @ vectors
-    same = [vectors, vectors[[2, 0, 1]], vectors * torch.tensor([[3.0], [0.01], [700.0]]), torch.cat([vectors, vectors, vectors * 0]), mixed]
+    same = [
+        vectors,
+        vectors[[2, 0, 1]],
+        vectors * torch.tensor([[3.0], [0.01], [700.0]]),
+        torch.cat([vectors, vectors, vectors * 0]),
+        mixed,
+    ]
     for order in ops.ORDERS:
         first, *others = (ops.cleaned(rows, Span.of(basis), prompt, order) for basis in same)
         for other in others:
@@ -81,7 +90,7 @@ def test_which_word_is_flagged_has_a_closed_form(a, alpha):
     without = torch.eye(D)[1:6] * math.sqrt(1 - a * a) + a * concept
     without[2] = torch.eye(D)[3]
     told = ops.flagged(ops.distances(without, Span.of(concept)), alpha)
-    assert told.tolist() == [False, False, 1 > (1 + alpha) * math.sqrt(1 - a * a), False, False]
+    assert told.tolist() == [False, False, (1 + alpha) * math.sqrt(1 - a * a) < 1, False, False]
     assert ops.flagged(ops.distances(7.5 * without, Span.of(concept)), alpha).tolist() == told.tolist()
 
 
@@ -126,9 +135,14 @@ def test_how_much_of_a_concept_a_word_brings():
     assert ops.amount_brought(base[None], whole, torch.zeros(1, D)).tolist() == [[0.0]]
 
 
-def test_taking_out_is_exact_at_its_ends():
-    rows, without = random(4, D).half(), random(4, D, seed=6)
+def test_taking_out_is_exact_at_its_ends_and_keeps_lengths_beyond():
+    rows, without = random(4, D).half(), random(4, D, seed=6).half()
     assert ops.taken_out(rows, without, 0.0) is rows
-    assert torch.allclose(ops.taken_out(rows, without, 1.0), without.half(), atol=2e-3)
-    beyond = ops.taken_out(rows, without, 2.0)
-    assert beyond.dtype == torch.float16 and torch.allclose(beyond.double(), 2 * without - rows.double(), atol=2e-2)
+    assert torch.allclose(ops.taken_out(rows, without, 1.0), without, atol=2e-3)
+    assert torch.allclose(ops.taken_out(rows, without, 0.5).float(), (rows.float() + without.float()) / 2, atol=2e-3)
+    beyond, straight = ops.taken_out(rows, without, 1.5), rows.float() + 1.5 * (without.float() - rows.float())
+    assert beyond.dtype == torch.float16
+    assert torch.allclose(beyond.float().norm(dim=-1), without.float().norm(dim=-1), rtol=2e-3)
+    assert torch.allclose(torch.cosine_similarity(beyond.float(), straight, dim=-1), torch.ones(4), atol=1e-5)
+    untouched = ops.taken_out(rows, rows, 1.5)
+    assert torch.allclose(untouched, rows, atol=2e-3)

@@ -19,6 +19,7 @@ LEFT = "a medium {} on the left on a grey background"
 VARIED = {
     "slider": ("2", "strength", (-2.0, -1.0, 1.0, 2.0)),
     "slider_prompts": ("2", "strength", (-1.5, -0.5, 0.5, 1.5)),
+    "filter": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
     "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
     "regions_characters": ("12", "seed", (1, 2, 3, 4)),
