@@ -10,7 +10,7 @@ import torch
 
 FILLER = 0  # what stands in the place of a word that is left out: "!" for CLIP (as the released code has it), padding for T5
 BEGINS, ENDS = "\u2581", "</w>"  # how T5's and CLIP's pieces mark where words begin and end
-AT_ONCE = 64  # readings in one batch
+AT_ONCE = 5000  # tokens in one batch of readings
 
 
 class EncoderError(ValueError):
@@ -85,32 +85,52 @@ def seats(clip) -> list[Seat]:
     )
 
 
+def windows_of(clip, seat: Seat, tokens) -> list[list[tuple]]:
+    """An encoder's windows of (token, weight, segment) as it reads them: the host passes over learned embeddings of another width."""
+    width = getattr(clip.cond_stage_model, seat.part).transformer.get_input_embeddings().weight.shape[1]
+    padding = getattr(clip.tokenizer, seat.part).pad_token
+    read = []
+    for window in tokens[seat.key]:
+        kept = [item for item in window if isinstance(item[0], int) or not torch.is_tensor(item[0]) or item[0].shape[-1] == width]
+        read.append(kept + [(padding, 1.0, 0)] * (len(window) - len(kept)))
+    return read
+
+
 def words(clip, seat: Seat, windows: Sequence[Sequence[tuple]]) -> list[Word]:
     """The words in an encoder's windows of (token, weight, segment), as the tokenizer marks their ends. A learned embedding is one word."""
-    known = getattr(clip.tokenizer, seat.part).inv_vocab
+    tokenizer = getattr(clip.tokenizer, seat.part)
     found: list[Word] = []
+
+    def close(number: int, window, at: list[int], learnt: bool) -> None:
+        if at:
+            text = "embedding" if learnt else tokenizer.decode([window[position][0] for position in at]).strip()
+            found.append(Word(text, number, tuple(at)))
+
     for number, window in enumerate(windows):
-        text, at, before = "", [], None  # before: the segment of the last piece, whether it was learnt, whether it ended a word
+        at, before = [], (0, False, False)  # of the last piece: its segment, whether it was learnt, whether it ended a word
         for position, (token, _, segment) in enumerate(window):
             if not segment:
                 continue
             learnt = not isinstance(token, int)
-            piece = "" if learnt else known.get(token, "")
+            piece = "" if learnt else tokenizer.inv_vocab.get(token, "")
             goes_on = at and position == at[-1] + 1 and before[:2] == (segment, learnt)
-            if at and not (goes_on and (learnt or not (before[2] or piece.startswith(BEGINS)))):
-                found.append(Word(text, number, tuple(at)))
-                text, at = "", []
-            text = "embedding" if learnt else text + piece.removeprefix(BEGINS).removesuffix(ENDS)
+            if not (goes_on and (learnt or not (before[2] or piece.startswith(BEGINS)))):
+                close(number, window, at, before[1])
+                at = []
             at.append(position)
             before = segment, learnt, piece.endswith(ENDS)
-        if at:
-            found.append(Word(text, number, tuple(at)))
+        close(number, window, at, before[1])
     return found
+
+
+def contents(window: Sequence[tuple]) -> list[int]:
+    """Positions of a window's words."""
+    return [position for position, (_, _, segment) in enumerate(window) if segment]
 
 
 def ends(seat: Seat, window: Sequence[tuple]) -> int:
     """The position of the row that ends a window's words: it sums them up in a CLIP."""
-    return max((position for position, (_, _, belongs) in enumerate(window) if belongs), default=0 if seat.causal else -1) + 1
+    return max(contents(window), default=0 if seat.causal else -1) + 1
 
 
 def without(window: Sequence[tuple], positions) -> list[tuple]:
@@ -123,35 +143,31 @@ class Reader:
     """Reads many windows of one CLIP at once, each by itself and without weights."""
 
     def __init__(self, clip):
-        self.clip, self.calls = clip, 0
+        self.clip, self.batches = clip, 0
 
-    def read(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What an encoder makes of windows: (vectors (N, D), rows (N, T, D), pooled (N, P) or None). A vector is the row that ends the
-        words of a CLIP, and the mean of a T5's words. The host's CLIP takes whole windows only, however short the text.
+    def read(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an encoder makes of each of N windows: (vectors (N, D), pooled (N, P) or None). A vector is the row that ends the words of a
+        CLIP, and the sum of the words' rows of a T5: as a mean, each word of a long text would weigh next to nothing. The host's CLIP
+        takes whole windows only, however short the text.
         """
         clip, model = self.clip, self.clip.cond_stage_model
-        stops = [ends(seat, window) for window in windows]
-        tokens = [[item[0] for item in window] for window in windows]
-        longest = max(map(len, tokens))
-        tokens = [row + [row[-1]] * (longest - len(row)) for row in tokens]
         model.reset_clip_options()
         if clip.layer_idx is not None:
             model.set_clip_options({"layer": clip.layer_idx})
         clip.load_model({seat.key: windows})
         device = clip.patcher.load_device
         model.set_clip_options({"execution_device": device})
-        rows, pooled = [], []
+        read: dict[int, tuple] = {}
         with torch.inference_mode(), comfy.model_management.cuda_device_context(device):
-            for at in range(0, len(tokens), AT_ONCE):
-                read = getattr(model, seat.part).encode(tokens[at : at + AT_ONCE])
-                rows.append(read[0].cpu())
-                pooled.append(read[1])
-                self.calls += 1
-        rows = torch.cat(rows)
-        if seat.causal:
-            vectors = rows[torch.arange(len(rows)), torch.tensor(stops)]
-        else:
-            counts = torch.tensor(stops)[:, None]
-            inside = torch.arange(rows.shape[1]) < counts
-            vectors = (rows * inside[..., None]).sum(1) / counts.clamp_min(1)
-        return vectors, rows, None if pooled[0] is None else torch.cat(pooled).cpu()
+            for length in sorted({len(window) for window in windows}):
+                alike = [number for number, window in enumerate(windows) if len(window) == length]
+                most = max(1, AT_ONCE // length)
+                for batch in (alike[at : at + most] for at in range(0, len(alike), most)):
+                    rows, pooled = getattr(model, seat.part).encode([[item[0] for item in windows[number]] for number in batch])[:2]
+                    for at, number in enumerate(batch):
+                        stop = ends(seat, windows[number])
+                        vector = rows[at, stop] if seat.causal else rows[at, :stop].sum(0)
+                        read[number] = vector.cpu(), None if pooled is None else pooled[at].cpu()
+                    self.batches += 1
+        vectors, pooled = zip(*(read[number] for number in range(len(windows))), strict=True)
+        return torch.stack(vectors), None if pooled[0] is None else torch.stack(pooled)

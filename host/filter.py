@@ -6,13 +6,14 @@ way (SAFREE, arXiv 2410.12761) projects the rows of these words. `ops.filter` ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..ops import filter as ops
-from .encoders import Reader, Seat, Word, ends, seats, without, words
+from .encoders import Reader, Seat, Word, contents, ends, seats, windows_of, without, words
 from .poles import POOLED, windowed
 
 OURS, PAPER, RELEASED = "ours", "paper", "released_code"
@@ -26,9 +27,9 @@ SWITCH = (OWN, ON, OFF)
 GATE = 0.45
 PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
-ALONE = ("{}",)  # what a single word is compared with: words weigh less in an otherwise empty text
+ALONE, ALONE_COUNTS = ("{}",), 0.6  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
 MOST_CONCEPTS = 200
-LONGEST = 12  # rounds of looking for what is left after words were left out
+ROUNDS = 12  # of looking for what is left after words were left out
 
 
 class FilterError(ValueError):
@@ -52,6 +53,32 @@ class Settings(NamedTuple):
     start_percent: float = 0.0
     end_percent: float = 1.0
 
+    def check(self) -> None:
+        """Raises FilterError that names a number that cannot be worked with."""
+        for name in ("strength", "push", "gate", "alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise FilterError(f"{name} is {getattr(self, name)}, which is no number to work with. Set it to a finite number.")
+
+    def unused(self) -> list[str]:
+        """What was set and means nothing to the method."""
+        others = ("alpha", "order") if self.method == OURS else ("push",)
+        changed = [name for name in others if getattr(self, name) != Settings._field_defaults[name]]
+        return [f"{' and '.join(changed)}: not used by '{self.method}'."] if changed else []
+
+    def which_rows(self) -> str:
+        """The rows that may change."""
+        return self.rows if self.rows != OWN else ALL_ROWS if self.method == OURS else CONTENT
+
+    def idle(self, concepts: Sequence[str]) -> str | None:
+        """Why nothing is to be done whatever the text is, or None."""
+        if not concepts:
+            return "there is no concept to keep out"
+        if self.strength == 0.0:
+            return "strength is 0"
+        if self.start_percent == self.end_percent:
+            return f"start_percent and end_percent are both {self.start_percent:g}, so no step lies between them"
+        return None
+
 
 class Found(NamedTuple):
     """A word that brings a concept, and how much of it, 0 to 1 and more."""
@@ -62,11 +89,39 @@ class Found(NamedTuple):
 
 
 class Filtered(NamedTuple):
-    """What came out: CONDITIONING, report lines, and whether anything was changed."""
+    """What came out: CONDITIONING, report lines, and the window in which it acts, None where nothing was changed."""
 
     conditioning: list
     report: list[str]
-    changed: bool
+    window: tuple[float, float] | None
+
+
+class Prompt:
+    """A text as every encoder of a CLIP reads it: windows and words by seat, and the host's own encoding."""
+
+    def __init__(self, clip, text: str):
+        self.clip, self.seats = clip, seats(clip)
+        self.tokens = clip.tokenize(text, return_word_ids=True)
+        self.windows = {seat.key: windows_of(clip, seat, self.tokens) for seat in self.seats}
+        self.words = {seat.key: words(clip, seat, self.windows[seat.key]) for seat in self.seats}
+        self.context, self.options = encoded(clip, self.tokens)
+
+    def rows_of(self, seat: Seat):
+        """(first row in the context, window) of each of a seat's windows."""
+        others = [sum(map(len, self.windows[other.key])) for other in self.seats if other.columns is not None and not other.after]
+        first = min(others, default=0) if seat.after else 0
+        for window in self.windows[seat.key]:
+            yield first, window
+            first += len(window)
+
+    def editable(self, seat: Seat, which: str) -> torch.Tensor:
+        """Numbers of the context's rows that an encoder may change."""
+        found = []
+        for first, window in self.rows_of(seat):
+            stop = ends(seat, window)
+            positions = range(len(window)) if which == ALL_ROWS else [*contents(window), *([stop] if which == END else [])]
+            found += [first + position for position in positions]
+        return torch.tensor([row for row in found if row < self.context.shape[1]], dtype=torch.long)
 
 
 def listed(text: str) -> list[str]:
@@ -82,34 +137,33 @@ def keep_out(clip, text: str, concepts: Sequence[str], settings: Settings, condi
     """CONDITIONING of a text without the concepts. conditioning: entries that were made of this text by this CLIP, which keep what else
     they hold (areas, masks, ControlNets). Raises FilterError, EncoderError.
     """
-    own = seats(clip)
-    tokens = clip.tokenize(text, return_word_ids=True)
-    whole = encoded(clip, tokens)
-    entries = [[whole[0], dict(whole[1])]] if conditioning is None else matching(conditioning, whole)
-    texts = {seat: words(clip, seat, tokens[seat.key]) for seat in own}
-    idle = None
-    if not concepts:
-        idle = "there is no concept to keep out"
-    elif not any(texts.values()):
-        idle = "the text has no words"
-    elif settings.strength == 0.0:
-        idle = "strength is 0"
-    elif settings.start_percent == settings.end_percent:
-        idle = f"start_percent and end_percent are both {settings.start_percent:g}, so no step lies between them"
+    settings.check()
+    idle = settings.idle(concepts)
     if idle:
-        return Filtered(entries, [f"Nothing done: {idle}. The prompt is as it was."], False)
+        entries = clip.encode_from_tokens_scheduled(clip.tokenize(text)) if conditioning is None else list(conditioning)
+        return Filtered(entries, [f"Nothing done: {idle}. The prompt is as it was."], None)
+    prompt, report = Prompt(clip, text), settings.unused()
+    entries = [[prompt.context, dict(prompt.options)]] if conditioning is None else matching(conditioning, prompt)
+    if not any(prompt.words.values()):
+        return Filtered(entries, ["Nothing done: the text has no words. The prompt is as it was."], None)
 
-    reader, report = Reader(clip), []
-    if settings.method == OURS:
-        changed, window = _ours(clip, reader, own, tokens, texts, concepts, settings, whole, report)
-    else:
-        changed, window = _published(clip, reader, own, tokens, texts, concepts, settings, whole, report)
-    if changed is None:
-        return Filtered(entries, [*report, "The prompt is as it was, bit for bit."], False)
-    made = [[changed[0], {**options, **({} if changed[1] is None else {POOLED: changed[1]})}] for _, options in entries]
-    if window != (0.0, 1.0):
-        made = windowed(entries, made, *window)
-    return Filtered(made, [*report, f"{reader.calls} batches of readings, no model call."], True)
+    reader = Reader(clip)
+    context, pooled, drift = (_ours if settings.method == OURS else _published)(prompt, reader, concepts, settings, report)
+    same = torch.equal(context, prompt.context) and (pooled is None or torch.equal(pooled, prompt.options[POOLED]))
+    window = None if same else _window(settings, drift, report)
+    if window is None:
+        return Filtered(entries, [*report, "The prompt is as it was, bit for bit."], None)
+    made = []
+    for number, (_, options) in enumerate(entries, 1):
+        own = options.get(POOLED)
+        if pooled is not None and own is not None:
+            if torch.equal(own, prompt.options[POOLED]):
+                options = {**options, POOLED: pooled}
+            else:
+                report.append(f"Entry {number} has a pooled vector of its own, which is not of this text: it stays.")
+        made.append([context, options])
+    made = made if window == (0.0, 1.0) else windowed(entries, made, *window)
+    return Filtered(made, [*report, f"{reader.batches} batches of readings, no model call."], window)
 
 
 def encoded(clip, tokens) -> tuple[torch.Tensor, dict]:
@@ -123,194 +177,184 @@ def encoded(clip, tokens) -> tuple[torch.Tensor, dict]:
     return entries[0][0], entries[0][1]
 
 
-def matching(conditioning: Sequence, whole: tuple[torch.Tensor, dict]) -> list:
+def matching(conditioning: Sequence, prompt: Prompt) -> list:
     """The entries of CONDITIONING, all of which must hold the context of the text. Raises FilterError that names the one that does not."""
     if not conditioning:
         raise FilterError("conditioning is empty. Connect the encoded text, or nothing.")
+    whole = prompt.context
     for number, (context, _) in enumerate(conditioning, 1):
-        same = context.shape == whole[0].shape and torch.allclose(context.float(), whole[0].to(context).float(), atol=1e-3, rtol=1e-3)
+        same = context.shape == whole.shape and torch.allclose(context.float(), whole.to(context).float(), atol=1e-3, rtol=1e-3)
         if not same:
             raise FilterError(
                 f"Entry {number} of conditioning was not made of this text by this CLIP: its {tuple(context.shape)} numbers differ from "
-                f"the text's {tuple(whole[0].shape)}. Connect the same CLIP and write the same text, or filter before conditions are "
-                "combined."
+                f"the text's {tuple(whole.shape)}. Connect the same CLIP and write the same text, or filter before conditions are combined."
             )
     return [[context, dict(options)] for context, options in conditioning]
+
+
+def _window(settings: Settings, drift: float, report: list[str]) -> tuple[float, float] | None:
+    """When the filter acts, or None where its own end leaves no step."""
+    window, validating = (settings.start_percent, settings.end_percent), settings.self_validating
+    if validating == OFF or (validating == OWN and settings.method == OURS):
+        return window
+    released = settings.method == RELEASED
+    steps = ops.steps_as_released(drift) if released else round(ops.steps_as_published(drift))
+    last = min(1.0, (steps + 1) / PUBLISHED_STEPS)  # it acts while the number of a step, from 0 on, is not above it
+    report.append(f"It changes the rows by {drift:.3f}, so that self_validating ends it at {last:g} of sampling.")
+    if window[0] >= last:
+        report.append(f"start_percent {window[0]:g} lies after that end: no step is left. Set it to 0, or self_validating to off.")
+        return None
+    return window[0], min(window[1], last)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------------------
 
 
-def directions(reader: Reader, clip, seat: Seat, concepts: Sequence[str], carriers: Sequence[str] = CARRIERS) -> torch.Tensor:
+def phrase(clip, seat: Seat, concept: str) -> list[tuple]:
+    """A concept's window. Raises FilterError where it takes more than one."""
+    windows = windows_of(clip, seat, clip.tokenize(concept, return_word_ids=True))
+    if len(windows) > 1:
+        raise FilterError(f"The concept '{concept[:40]}...' takes {len(windows)} windows of tokens. Say it in a few words.")
+    return windows[0]
+
+
+def directions(reader: Reader, seat: Seat, concepts: Sequence[str], carriers: Sequence[str] = CARRIERS) -> torch.Tensor:
     """(K, D) what each concept's words bring to a text: the mean over carriers of the vector with them less that with fillers instead."""
     windows, bare = [], []
     for concept in concepts:
         for carrier in carriers:
-            window = clip.tokenize(carrier.format(concept), return_word_ids=True)[seat.key][0]
-            around = [len(_contents(clip.tokenize(part, return_word_ids=True)[seat.key][0])) for part in carrier.split("{}")]
-            inside = _contents(window)
+            window = phrase(reader.clip, seat, carrier.format(concept))
+            before, behind = (len(contents(phrase(reader.clip, seat, part))) for part in carrier.split("{}"))
+            inside = contents(window)
             windows.append(window)
-            bare.append(without(window, inside[around[0] : len(inside) - around[1]]))
+            bare.append(without(window, inside[before : len(inside) - behind]))
     vectors = reader.read(seat, windows + bare)[0]
     brought = vectors[: len(windows)] - vectors[len(windows) :]
     return brought.view(len(concepts), len(carriers), -1).mean(1)
 
 
-def _contents(window: Sequence[tuple]) -> list[int]:
-    return [position for position, (_, _, segment) in enumerate(window) if segment]
-
-
-def find(
-    reader: Reader, seat: Seat, windows, there: Sequence[Word], concepts: Sequence[str], brought_by: torch.Tensor, gate: float
-) -> list[Found]:
-    """The words of a text that bring a concept, window by window. Those found are left out and the rest is looked through again, until no
-    word brings more than the gate: a description in several words hides each of them behind the others.
+def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], gate: float) -> list[Found]:
+    """The words of a text that bring a concept to an encoder. A word brings what the text loses without all of its occurrences, or what it
+    brings by itself with all others left out, whichever is more: several words of one meaning hide each other from the first. Those found
+    are left out and the rest is looked through again, because each word of a description hides behind the others.
     """
+    among, alone = directions(reader, seat, concepts), directions(reader, seat, concepts, ALONE)
     found: list[Found] = []
-    for number, window in enumerate(windows):
-        left = [word for word in there if word.window == number]
-        for _ in range(LONGEST):
+    for number, window in enumerate(prompt.windows[seat.key]):
+        left: dict[str, list[Word]] = {}
+        for word in prompt.words[seat.key]:
+            if word.window == number and any(map(str.isalnum, word.text)):
+                left.setdefault(word.text.lower(), []).append(word)
+        gone: set[int] = set()
+        for turn in range(ROUNDS):
             if not left:
                 break
-            gone = [position for one in found if one.word.window == number for position in one.word.at]
-            now = without(window, gone)
-            vectors = reader.read(seat, [now, *(without(now, word.at) for word in left)])[0]
-            amount = ops.amount_brought(vectors[1:], vectors[0], brought_by)
+            now, groups = without(window, gone), list(left.values())
+            places = [{position for word in group for position in word.at} for group in groups]
+            readings = [now, *(without(now, place) for place in places)]
+            if turn == 0:
+                every = set(contents(window))
+                readings += [without(window, every), *(without(window, every - place) for place in places)]
+            vectors = reader.read(seat, readings)[0]
+            n = len(groups)
+            amount = ops.amount_brought(vectors[0] - vectors[1 : n + 1], among)
+            if turn == 0:
+                nothing, by_itself = vectors[n + 1], vectors[n + 2 :]
+                amount = torch.maximum(amount, ALONE_COUNTS * ops.amount_brought(by_itself - nothing, alone))
             most, which = amount.max(1)
-            hits = [i for i in range(len(left)) if float(most[i]) >= gate]
+            hits = [i for i in range(n) if float(most[i]) >= gate]
             if not hits:
                 break
-            found += [Found(left[i], concepts[int(which[i])], float(most[i])) for i in hits]
-            left = [word for i, word in enumerate(left) if i not in hits]
+            for i in hits:
+                found += [Found(word, concepts[int(which[i])], float(most[i])) for word in groups[i]]
+                gone |= places[i]
+                del left[groups[i][0].text.lower()]
     return found
 
 
-def _ours(clip, reader, own, tokens, texts, concepts, settings: Settings, whole, report):
+def _ours(prompt: Prompt, reader: Reader, concepts, settings: Settings, report: list[str]):
     gate = settings.gate or GATE
-    found: dict[Seat, list[Found]] = {}
-    for seat in own:
-        alone = max(len([word for word in texts[seat] if word.window == number]) for number in range(len(tokens[seat.key]))) < 2
-        brought_by = directions(reader, clip, seat, concepts, ALONE if alone else CARRIERS)
-        found[seat] = find(reader, seat, tokens[seat.key], texts[seat], concepts, brought_by, gate)
-        told = ", ".join(f"'{one.word.text}' ({one.brought:.2f} of '{one.concept}')" for one in found[seat])
+    texts: set[str] = set()
+    for seat in prompt.seats:
+        found = find(reader, seat, prompt, concepts, gate)
+        texts |= {one.word.text.lower() for one in found}
+        told = ", ".join(dict.fromkeys(f"'{one.word.text}' ({one.brought:.2f} of '{one.concept}')" for one in found))
         report.append(f"{seat.part}: {told or 'no word brings a concept'}; gate {gate:g}.")
-    if not any(found.values()):
-        return None, None
-    bare = {key: list(windows) for key, windows in tokens.items()}
-    for seat, ones in found.items():
-        for one in ones:
-            bare[seat.key][one.word.window] = without(bare[seat.key][one.word.window], one.word.at)
-    context, options = encoded(clip, bare)
-    amount = settings.strength * (1 + settings.push)
-    rows = _rows(own, tokens, texts, settings.rows if settings.rows != OWN else ALL_ROWS, whole[0])
-    changed = ops.taken_out(whole[0], context, amount)
-    changed = torch.where(rows, changed, whole[0])
-    pooled = whole[1].get(POOLED)
-    if pooled is not None and settings.pooled != OFF:
-        pooled = ops.taken_out(pooled, options[POOLED], amount)
-    report.append(f"What they bring was taken out {amount:g} times, from {_told(settings.rows, ALL_ROWS)}.")
-    if settings.order != OWN:
-        report.append(f"The order '{settings.order}' is for the published methods: nothing is projected here.")
-    window = settings.start_percent, settings.end_percent
-    if settings.self_validating == ON:
-        window = _settled(window, ops.drift(whole[0][rows].view(1, -1).cpu(), changed[rows].view(1, -1).cpu()), False, report)
-    return (changed, pooled), window
-
-
-def _settled(window: tuple[float, float], beta: float, released: bool, report: list[str]) -> tuple[float, float]:
-    """The window, cut where the filter's own drift ends it."""
-    steps = ops.steps_as_released(beta) if released else round(ops.steps_as_published(beta))
-    last = min(1.0, (steps + 1) / PUBLISHED_STEPS)  # both act while the number of a step, from 0 on, is not above it
-    report.append(f"The filter would change the rows by {beta:.3f}, so it acts up to {last:g} of sampling.")
-    return window[0], max(min(window[1], last), window[0])
-
-
-def _told(rows: str, own: str) -> str:
-    rows = own if rows == OWN else rows
-    return {CONTENT: "the rows of the words", END: "the rows of the words and the end", ALL_ROWS: "all rows"}[rows]
-
-
-def _rows(own: Sequence[Seat], tokens, texts, which: str, context: torch.Tensor) -> torch.Tensor:
-    """(1, rows, width) bool: the numbers of a context that may be changed."""
-    mask = torch.zeros(context.shape, dtype=torch.bool)
-    for seat in own:
+    if not texts:
+        return prompt.context, None, 0.0
+    bare = dict(prompt.tokens)
+    for seat in prompt.seats:  # what one encoder hears in a word, the others would bring in by the back door
+        gone = [word for word in prompt.words[seat.key] if word.text.lower() in texts]
+        bare[seat.key] = [
+            without(window, {position for word in gone if word.window == number for position in word.at})
+            for number, window in enumerate(prompt.windows[seat.key])
+        ]
+    without_them, options = encoded(prompt.clip, bare)
+    amount, which = settings.strength * (1 + settings.push), settings.which_rows()
+    context, drifts = prompt.context.clone(), []
+    for seat in prompt.seats:
         if seat.columns is None:
             continue
-        start = _start(own, tokens, seat)
-        for number, window in enumerate(tokens[seat.key]):
-            at = start + sum(len(one) for one in tokens[seat.key][:number])
-            if which == ALL_ROWS:
-                mask[:, at : at + len(window), slice(*seat.columns)] = True
-                continue
-            for position in _contents(window) + ([ends(seat, window)] if which == END else []):
-                mask[:, at + position, slice(*seat.columns)] = True
-    return mask.to(context.device)
-
-
-def _start(own: Sequence[Seat], tokens, seat: Seat) -> int:
-    """A seat's first row in the context."""
-    before = [sum(map(len, tokens[other.key])) for other in own if other.columns is not None and not other.after]
-    return min(before, default=0) if seat.after else 0
+        rows, columns = prompt.editable(seat, which).to(context.device), slice(*seat.columns)
+        before = prompt.context[0, rows][:, columns]
+        context[0, rows, columns] = ops.taken_out(before, without_them[0, rows][:, columns], amount)
+        drifts.append(ops.drift(before.cpu(), context[0, rows][:, columns].cpu()))
+    pooled = None
+    if prompt.options.get(POOLED) is not None and settings.pooled != OFF:
+        pooled = prompt.options[POOLED].clone()
+        for seat in prompt.seats:
+            if seat.pooled:
+                columns = slice(*seat.pooled)
+                pooled[:, columns] = ops.taken_out(pooled[:, columns], options[POOLED][:, columns], amount)
+    told = {CONTENT: "the rows of the words", END: "the rows of the words and the end", ALL_ROWS: "all rows"}[which]
+    report.append(f"What they bring was taken out {amount:g} times, from {told}{'' if pooled is None else ' and the pooled vector'}.")
+    return context, pooled, sum(drifts) / max(len(drifts), 1)
 
 
 # --- as published -----------------------------------------------------------------------------------------------------------------
 
 
-def _published(clip, reader, own, tokens, texts, concepts, settings: Settings, whole, report):
-    """SAFREE: rows of flagged tokens are projected, in steps that it settles itself."""
-    released = settings.method == RELEASED
+def _published(prompt: Prompt, reader: Reader, concepts, settings: Settings, report: list[str]):
+    """SAFREE: rows of flagged tokens are projected, each encoder's in its own space."""
+    released, which = settings.method == RELEASED, settings.which_rows()
     order = settings.order if settings.order != OWN else ("concepts last" if released else "prompt last")
-    which = settings.rows if settings.rows != OWN else CONTENT
-    changed, pooled, drifts, any_flagged = whole[0].clone(), whole[1].get(POOLED), [], False
-    pooled = None if pooled is None else pooled.clone()
-    for seat in own:
-        phrases = [clip.tokenize(concept, return_word_ids=True)[seat.key][0] for concept in concepts]
-        unwanted, _, unwanted_pooled = reader.read(seat, phrases)
-        span = ops.Span.of(unwanted)
-        start = _start(own, tokens, seat)
-        names = []
-        for number, window in enumerate(tokens[seat.key]):
-            at = start + sum(len(one) for one in tokens[seat.key][:number])
-            inside = _contents(window)
+    context, pooled, drifts = prompt.context.clone(), prompt.options.get(POOLED), []
+    pooled = pooled.clone() if pooled is not None and settings.pooled == ON else None
+    for seat in prompt.seats:
+        unwanted, unwanted_pooled = reader.read(seat, [phrase(prompt.clip, seat, concept) for concept in concepts])
+        span, names = ops.Span.of(unwanted), []
+        for number, (first, window) in enumerate(prompt.rows_of(seat)):
+            inside, stop = contents(window), ends(seat, window)
             if not inside:
                 continue
-            vectors, _, vectors_pooled = reader.read(seat, [window, *(without(window, [position]) for position in inside)])
-            prompt, told = ops.Span.of(vectors[1:]), ops.distances(vectors[1:], span)
-            flags = ops.flagged(told, settings.alpha, alone=released)
+            vectors, vectors_pooled = reader.read(seat, [window, *(without(window, [position]) for position in inside)])
+            own = ops.Span.of(vectors[1:])
+            flags = ops.flagged(ops.distances(vectors[1:], span), settings.alpha, alone=released)
             if settings.gate:
                 near = torch.nn.functional.cosine_similarity(vectors[:1].double(), unwanted.double(), dim=1)
                 flags &= bool((near >= settings.gate).any())
             hit = [position for position, flag in zip(inside, flags.tolist(), strict=True) if flag]
-            names += [word.text for word in texts[seat] if word.window == number and set(word.at) & set(hit)]
+            names += [word.text for word in prompt.words[seat.key] if word.window == number and set(word.at) & set(hit)]
             if seat.columns is not None:
-                rows = whole[0][0, at : at + len(window), slice(*seat.columns)]
-                clean = ops.cleaned(rows.cpu(), span, prompt, order)
-                stop = ends(seat, window)
-                if released:
-                    drifts.append(ops.drift(rows[: stop + 1].cpu(), clean[: stop + 1]))
-                else:
-                    drifts.append(ops.drift(vectors[:1], ops.cleaned(vectors[:1], span, prompt, order)))
-                edited = list(hit)
-                if hit and which != CONTENT:
-                    edited += [stop] if which == END else range(stop, len(window))
-                for position in edited:
-                    moved = rows[position].double() + settings.strength * (clean[position].to(rows.device) - rows[position].double())
-                    changed[0, at + position, slice(*seat.columns)] = moved.to(changed.dtype)
-            # The host's pooled vector is that of the first window.
-            if hit and settings.pooled == ON and seat.pooled and number == 0 and pooled is not None and vectors_pooled is not None:
-                mine = pooled[:, slice(*seat.pooled)].double().cpu()
+                columns = slice(*seat.columns)
+                rows = prompt.context[0, first : first + len(window), columns].cpu().double()
+                clean = ops.cleaned(rows, span, own, order)
+                # The released code compares the rows of the whole text, the paper the vectors that sum it up.
+                pair = (rows[: stop + 1], clean[: stop + 1]) if released else (vectors[:1], ops.cleaned(vectors[:1], span, own, order))
+                drifts.append(ops.drift(*pair))
+                behind = {CONTENT: [], END: [stop], ALL_ROWS: list(range(stop, len(rows)))}[which] if hit else []
+                for position in [*hit, *(row for row in behind if row < len(rows))]:
+                    moved = rows[position] + settings.strength * (clean[position] - rows[position])
+                    context[0, first + position, columns] = moved.to(context)
+            if hit and pooled is not None and seat.pooled and number == 0:  # the host's pooled vector is that of the first window
+                mine = pooled[:, slice(*seat.pooled)].cpu().double()
                 clean = ops.cleaned(mine, ops.Span.of(unwanted_pooled), ops.Span.of(vectors_pooled[1:]), order)
                 clean = clean * (mine.norm() / clean.norm().clamp_min(1e-12))
                 pooled[:, slice(*seat.pooled)] = (mine + settings.strength * (clean - mine)).to(pooled)
-            any_flagged |= bool(hit)
-        report.append(
-            f"{seat.part}: {', '.join(repr(name) for name in dict.fromkeys(names)) or 'no word'} flagged, {span.rank} directions."
-        )
-    window = settings.start_percent, settings.end_percent
-    if settings.self_validating != OFF:
-        window = _settled(window, sum(drifts) / max(len(drifts), 1), released, report)
-    if not any_flagged or window[0] == window[1]:
-        return None, None
-    if not (len(own) == 1 and own[0].key == "l"):
+        told = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+        report.append(f"{seat.part}: {told or 'no word'} flagged, {span.rank} directions.")
+    if not released and any(len(contents(window)) == 1 for windows in prompt.windows.values() for window in windows):
+        report.append("A single token has no others to stand out among: the paper's test cannot flag it.")
+    if not (len(prompt.seats) == 1 and prompt.seats[0].key == "l"):
         report.append("Published for Stable Diffusion 1.x alone: each encoder in its own space is our reading of it.")
-    return (changed, pooled), window
+    return context, pooled, sum(drifts) / max(len(drifts), 1)

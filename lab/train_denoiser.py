@@ -155,20 +155,17 @@ SHEET = (
 
 
 @torch.no_grad()
-def draw_sheet(kind: str, module, encoder, vae, device: str, path: Path, size: int = 64, steps: int = 20, cfg: float = 4.0) -> None:
-    """Draw SHEET as the model does now: 20 steps of DDIM (UNet) or Euler (DiT), the same noise every time."""
-    words = torch.tensor(host_lab.tokenizer()(list(SHEET), padding="max_length", max_length=77)["input_ids"], device=device)
-    empty = torch.tensor(host_lab.tokenizer()("", padding="max_length", max_length=77)["input_ids"], device=device).expand(len(SHEET), -1)
-    context, pooled = states(encoder, torch.cat([words, empty]))
-    side = size // host_lab.downscale(kind)
-    x = torch.randn(len(SHEET), 4, side, side, generator=torch.Generator().manual_seed(7)).to(device)
+def walk(kind: str, module, x, context, pooled, *, device: str, start: float = 1.0, steps: int = 20, cfg: float = 4.0) -> torch.Tensor:
+    """Latents x (B, 4, h, w) as they are at the noise of `start` (1: nothing else), led to clean ones in steps of DDIM (UNet) or Euler
+    (DiT). context and pooled hold the captions' states and behind them as many of the empty caption.
+    """
     alphas = sd_alphas(device)
     # Both are walked as x = a * clean + s * noise, from one (a, s) to the next.
     if kind == "unet":
-        grid = torch.linspace(999, 0, steps + 1, device=device).long()
+        grid = torch.linspace(999 * start, 0, steps + 1, device=device).long()
         clean_share, noise_share = alphas[grid].sqrt(), (1 - alphas[grid]).sqrt()
     else:
-        grid = torch.linspace(1, 0, steps + 1, device=device)
+        grid = torch.linspace(start, 0, steps + 1, device=device)
         clean_share, noise_share = 1 - grid, grid
     for i in range(steps):
         with mixed(device):
@@ -179,6 +176,18 @@ def draw_sheet(kind: str, module, encoder, vae, device: str, path: Path, size: i
         a, s = clean_share[i], noise_share[i]
         clean, noise = ((x - s * drawn) / a, drawn) if kind == "unet" else (x - s * drawn, x + a * drawn)
         x = clean_share[i + 1] * clean + noise_share[i + 1] * noise
+    return x
+
+
+@torch.no_grad()
+def draw_sheet(kind: str, module, encoder, vae, device: str, path: Path, size: int = 64) -> None:
+    """Draw SHEET as the model does now, the same noise every time."""
+    words = torch.tensor(host_lab.tokenizer()(list(SHEET), padding="max_length", max_length=77)["input_ids"], device=device)
+    empty = torch.tensor(host_lab.tokenizer()("", padding="max_length", max_length=77)["input_ids"], device=device).expand(len(SHEET), -1)
+    context, pooled = states(encoder, torch.cat([words, empty]))
+    side = size // host_lab.downscale(kind)
+    x = torch.randn(len(SHEET), 4, side, side, generator=torch.Generator().manual_seed(7)).to(device)
+    x = walk(kind, module, x, context, pooled, device=device)
     pictures = vae.decoder(vae.post_quant_conv(x / LATENT_SCALE)).float() / 2 + 0.5
     sheet(pictures.movedim(1, -1).cpu(), path, columns=6)
 

@@ -34,9 +34,12 @@ def train(
     decoder_only: bool = False,
 ) -> None:
     """Train the autoencoder; or, `decoder_only`, go on with the decoder of the one in `folder`: its latents, and all that has been trained
-    on them, stay as they are.
+    on them, stay as they are. Where a UNet lies beside it, every second batch is of latents that it redrew, so that the decoder learns to
+    show clean pictures of its small faults.
     """
     seed += decoder_only  # other pictures
+    from .redrawn import Redrawn  # it takes the UNet's training, which takes this one
+
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     module = host_lab.build_vae_module()
@@ -49,19 +52,26 @@ def train(
     layout = torch.channels_last if device == "cuda" else torch.contiguous_format
     module.to(device, memory_format=layout).train()
     torch.backends.cudnn.benchmark = True
+    redrawn = Redrawn(folder, device, generator) if decoder_only and (folder / "unet.safetensors").exists() else None
     bank = Bank(device, generator, characters=0.2)
     leg = Leg("decoder" if decoder_only else "vae", module, folder=folder, steps=steps, minutes=minutes, lr=lr, finish=finish)
     while leg.running():
-        picture = (bank.draw(batch)[1] * 2 - 1).contiguous(memory_format=layout)
-        with mixed(device):
-            moments = module.quant_conv(module.encoder(picture)).float()
+        kl = torch.zeros((), device=device)
+        if redrawn and leg.step % 2:
+            latent, picture = redrawn.draw(batch)
+            picture, latent = (picture * 2 - 1).contiguous(memory_format=layout), latent / LATENT_SCALE
+        else:
+            picture = (bank.draw(batch)[1] * 2 - 1).contiguous(memory_format=layout)
+            with mixed(device):
+                moments = module.quant_conv(module.encoder(picture)).float()
             mean, log_variance = moments.chunk(2, 1)
             log_variance = log_variance.clamp(-12, 4)
             latent = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
             # The denoiser's latents are never exact: the decoder learns to bear some noise, and the encoder to spend its numbers on it.
             latent = latent + NOISE * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=device) * torch.randn_like(mean)
+            kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+        with mixed(device):
             drawn = module.decoder(module.post_quant_conv(latent)).float()
-        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
         edge = sum(F.l1_loss(a, b) for a, b in zip(_edges(drawn), _edges(picture), strict=True))
         leg.update(F.mse_loss(drawn, picture) * 4 + F.l1_loss(drawn, picture) + edge + 2e-4 * kl)
     leg.close(state=not finish)

@@ -27,7 +27,7 @@ class Filter(io.ComfyNode):
             category="concept/filter",
             description=(
                 "Encodes a prompt without what its words bring of unwanted concepts. No training, no weights touched, no model call added, "
-                "and it works at CFG 1, where negative prompts do nothing. A prompt that brings none of them stays as it is, bit for bit."
+                "and it works at CFG 1, where negative prompts do nothing. By our method, what brings none of them stays as it is."
             ),
             search_aliases=[
                 "negative prompt",
@@ -200,8 +200,8 @@ class Filter(io.ComfyNode):
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(wanted)))
         lines = [f"Kept out: {', '.join(wanted)}."] if wanted else []
         lines += done.report
-        if done.changed:
-            lines.append(f"It acts {describe_window(start_percent, end_percent)}.")
+        if done.window:
+            lines.append(f"It acts {describe_window(*done.window)}.")
         report = "\n".join(lines)
         return io.NodeOutput(done.conditioning, negative, report, ui=ui.PreviewText(report))
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-NARROW = 1e-8  # of the widest direction: directions narrower than this are rounding, not concepts
+NARROW = 3e-7  # of the widest direction: what is narrower is an encoder's rounding, not a concept
 
 
 class Span(NamedTuple):
@@ -104,13 +104,13 @@ def steps_as_released(drift: float, most: float = 10.0, middle: float = 5.333, s
     return round(most * _sigmoid(2 * slope * (10 * drift - middle)))
 
 
-def amount_brought(without: torch.Tensor, whole: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-    """(N, K) how much of each concept each word brings, 0 to 1 and more. A word brings b = the prompt's vector (D,) less that without the
-    word (N, D); the concept's own words bring c (K, D). The amount is the geometric mean of b's length along c, in lengths of c, and of the
-    cosine between the two: the first alone is large for whatever changes the prompt much, the second alone for what changes it little.
+def amount_brought(brought: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    """(N, K) how much of each concept (K, D), what its own words bring, lies in what N words bring (N, D): 0 to 1 and more. The geometric
+    mean of the length along the concept, in lengths of it, and of the cosine between the two: the first alone is large for whatever
+    changes the prompt much, the second alone for what changes it little.
     """
     tiny = torch.finfo(torch.float64).tiny
-    brought, concepts = whole.double()[None] - without.double(), concepts.double()
+    brought, concepts = brought.double(), concepts.double()
     along = brought @ concepts.T
     lengths = concepts.norm(dim=1)
     share = along / lengths.square().clamp_min(tiny)
