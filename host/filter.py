@@ -29,6 +29,7 @@ PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
 ALONE, ALONE_COUNTS = ("{}",), 0.6  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
 MOST_CONCEPTS = 200
+AGAIN = 0.6  # of the gate: what counts in a text that was found to bring the concept
 ROUNDS = 12  # of looking for what is left after words were left out
 
 
@@ -262,7 +263,7 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
                 nothing, by_itself = vectors[n + 1], vectors[n + 2 :]
                 amount = torch.maximum(amount, ALONE_COUNTS * ops.amount_brought(by_itself - nothing, alone))
             most, which = amount.max(1)
-            hits = [i for i in range(n) if float(most[i]) >= gate]
+            hits = [i for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
             if not hits:
                 break
             for i in hits:
