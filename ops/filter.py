@@ -104,10 +104,10 @@ def steps_as_released(drift: float, most: float = 10.0, middle: float = 5.333, s
     return round(most * _sigmoid(2 * slope * (10 * drift - middle)))
 
 
-def amount_brought(brought: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+def amount_brought(brought: torch.Tensor, concepts: torch.Tensor, least_cosine: float = 0.0) -> torch.Tensor:
     """(N, K) how much of each concept (K, D), what its own words bring, lies in what N words bring (N, D): 0 to 1 and more. The geometric
     mean of the length along the concept, in lengths of it, and of the cosine between the two: the first alone is large for whatever
-    changes the prompt much, the second alone for what changes it little.
+    changes the prompt much, the second alone for what changes it little. Nothing where the cosine is below `least_cosine`.
     """
     tiny = torch.finfo(torch.float64).tiny
     brought, concepts = brought.double(), concepts.double()
@@ -115,7 +115,7 @@ def amount_brought(brought: torch.Tensor, concepts: torch.Tensor) -> torch.Tenso
     lengths = concepts.norm(dim=1)
     share = along / lengths.square().clamp_min(tiny)
     cosine = along / (brought.norm(dim=1)[:, None] * lengths).clamp_min(tiny)
-    return (share.clamp_min(0) * cosine.clamp_min(0)).sqrt()
+    return (share.clamp_min(0) * torch.where(cosine >= least_cosine, cosine.clamp_min(0), 0.0)).sqrt()
 
 
 def taken_out(rows: torch.Tensor, without: torch.Tensor, amount: float) -> torch.Tensor:

@@ -131,6 +131,9 @@ def test_how_much_of_a_concept_a_word_brings():
     assert told[:3].tolist() == pytest.approx([math.sqrt(0.8), 0, 0])  # brings .8 of it; nothing; takes some away
     assert float(told[3]) == pytest.approx(math.sqrt(0.8 * math.sqrt(0.5)))  # as much, and as much of something else
     assert ops.amount_brought(concept[None], torch.zeros(1, D)).tolist() == [[0.0]]
+    leaning = torch.stack([concept + 3 * across, concept + 3.1 * across])  # 45 degrees and a little more
+    told = ops.amount_brought(leaning, concept[None], least_cosine=math.sqrt(0.5) - 1e-6)[:, 0]
+    assert float(told[0]) == pytest.approx(math.sqrt(math.sqrt(0.5))) and float(told[1]) == 0
 
 
 def test_taking_out_is_exact_at_its_ends_and_keeps_lengths_beyond():
