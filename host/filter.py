@@ -29,7 +29,7 @@ PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
 ALONE, ALONE_COUNTS = ("{}",), 0.5  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
 MOST_CONCEPTS = 200
-COSINE = 0.38  # the least between what a word brings and the concept: words of another meaning stay below .35 on the lab
+COSINE = 0.95  # of the gate: the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
 AGAIN = 0.65  # of the gate: what counts in a text that was found to bring the concept
 ROUNDS = 12  # of looking for what is left after words were left out
 
@@ -261,10 +261,10 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
             n = len(groups)
             # Words that stand in a text often ("a") change it much when all of them are left out.
             often = torch.tensor([len(group) for group in groups], dtype=torch.float64).sqrt()[:, None]
-            amount = ops.amount_brought(vectors[0] - vectors[1 : n + 1], among, COSINE)
+            amount = ops.amount_brought(vectors[0] - vectors[1 : n + 1], among, COSINE * gate)
             if turn == 0:
                 nothing, by_itself = vectors[n + 1], vectors[n + 2 :]
-                amount = torch.maximum(amount, ALONE_COUNTS * ops.amount_brought(by_itself - nothing, alone, COSINE))
+                amount = torch.maximum(amount, ALONE_COUNTS * ops.amount_brought(by_itself - nothing, alone, COSINE * gate))
             most, which = (amount / often).max(1)
             hits = [i for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
             if not hits:
