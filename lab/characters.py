@@ -40,13 +40,16 @@ def lessons(name: str, n: int, *, size: int, generator: torch.Generator) -> Scen
     the words of ordinary objects keep their meaning. Larger canvases hold up to six objects.
     """
     crowd = 0 if size < CROWDED else n // 3
-    few = sample_scenes(3 * n, height=size, width=size, counts={1: 0.7, 2: 0.3}, characters=0.7, generator=generator)
-    characters = ((few.kind >= len(SHAPES)) & few.present()).sum(1)
-    few = few[torch.nonzero(characters <= 1).flatten()[: n - crowd]]
-    many = sample_scenes(8 * crowd, height=size, width=size, counts={k: 1.0 for k in (3, 4, 5, 6)}, characters=0.3, generator=generator)
-    characters = ((many.kind >= len(SHAPES)) & many.present()).sum(1)
-    many = many[torch.nonzero(characters == 1).flatten()[:crowd]]
-    return show(name, cat_scenes([few, many]))
+
+    def holding(wanted: int, least: int, **settings) -> Scenes:
+        drawn = sample_scenes(8 * wanted, height=size, width=size, generator=generator, **settings)
+        characters = ((drawn.kind >= len(SHAPES)) & drawn.present()).sum(1)
+        return drawn[torch.nonzero((characters <= 1) & (characters >= least)).flatten()[:wanted]]
+
+    parts = [holding(n - crowd, 0, counts={1: 0.7, 2: 0.3}, characters=0.7)]
+    if crowd:
+        parts.append(holding(crowd, 1, counts={k: 1.0 for k in (3, 4, 5, 6)}, characters=0.3))
+    return show(name, cat_scenes(parts))
 
 
 def ask_for(name: str, n: int, *, size: int, seed: int, wording: Wording = COMPLETE, plain: bool = True) -> Asked:
