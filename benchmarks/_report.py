@@ -55,7 +55,7 @@ def share(hits: Sequence[bool] | torch.Tensor) -> Figure:
     p, z = float(torch.as_tensor(hits, dtype=torch.float64).mean()), 1.959964
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Figure(p, min(p, middle - half), max(p, middle + half), n)
+    return Figure(p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)), n)
 
 
 def ratio(hits: Sequence[bool], base: Sequence[bool], *, resamples: int = 2000) -> Figure:

@@ -252,5 +252,19 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     return figures, rows
 
 
+def table(arms: Sequence[dict]) -> str:
+    """The share of pictures that hold the concept, by arm and way, as lines of Markdown; every way over all its concepts."""
+    cells = list(dict.fromkeys((row["way"], row["cfg"]) for row in arms if "arm" in row))
+    lines = ["| | " + " | ".join(f"{way}, CFG {cfg:g}" for way, cfg in cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    for arm in ARMS:
+        told = [f"| {arm} |"]
+        for cell in cells:
+            rows = [row for row in arms if row.get("arm") == arm and (row["way"], row["cfg"]) == cell]
+            n = sum(row["n"] for row in rows)
+            told.append(f" {sum(row['held'] * row['n'] for row in rows) / n:.3f} (n={n}) |" if n else " |")
+        lines.append("".join(told))
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     return run("filter", argv, _measure, CLAIMS)

@@ -3,6 +3,7 @@
 import json
 import re
 
+from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks._report import RESULTS, Figure
 from concept_nodes.lab import sliders
@@ -43,3 +44,14 @@ def test_figures_of_the_sliders_are_over_many_seeds():
 
 def test_moving_a_strength_costs_nothing():
     assert figures()["unet_repatch_count"].value == 0
+
+
+def test_the_filters_page_tells_what_was_measured():
+    result = json.loads((RESULTS / "filter.json").read_text(encoding="utf-8"))
+    told = (README.parent / "docs" / "filter.md").read_text(encoding="utf-8")
+    assert of_filter.table(result["arms"]) in told
+    for key, claim in of_filter.CLAIMS.items():
+        figure = Figure(**result["figures"][key])
+        line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"  # no minus before nought
+        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
+        assert figure.n >= 300 or key == "text_overhead"
