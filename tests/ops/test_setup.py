@@ -518,3 +518,15 @@ def test_removing_a_server_s_folder_leaves_the_pack(tmp_path):
     server.remove_base(tmp_path / "base")
     assert not (tmp_path / "base").exists()
     assert (ROOT / "run.py").is_file()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash was found to run .ci/run's check")
+@pytest.mark.parametrize("there", [(), ("chromium",), ("google-chrome-stable",)], ids=lambda names: ", ".join(names) or "none")
+def test_ci_sees_whether_a_browser_is_there(tmp_path, there):
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    check = script[script.index("lacks_browser() {") : script.index("\n}\n", script.index("lacks_browser() {")) + 3]
+    for name in there:
+        (tmp_path / name).write_text("#!/bin/sh\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    told = subprocess.run([shutil.which("bash"), "-c", check + "lacks_browser"], env={"PATH": str(tmp_path)})
+    assert told.returncode == (1 if there else 0)
