@@ -165,13 +165,15 @@ def tell(loaded, eye: Eye, arm: str, concept: str, asked: Asked, cfg: float) -> 
 
 
 def attack(loaded, eye: Eye, way: str, cfg: float, n: int, few: int) -> tuple[dict[str, Told], list[dict]]:
-    """What each arm's pictures of all concepts hold that are asked for in a way, and a row for each."""
+    """What each arm's pictures of all concepts hold that are asked for in a way, and a row for each. few: texts of the arms that no claim
+    reads; with 0 they are left out.
+    """
     together: dict[str, Told] = {}
     rows = []
     for concept in CONCEPTS:
         asked = requests(concept, way, n)
         fewer = Asked(asked.scenes[:few], list(asked)[:few])
-        for arm in ARMS:
+        for arm in ARMS if few else CLAIMED:
             if cfg == 1.0 and ARMS[arm].negative:
                 continue  # the host does not evaluate it
             told = tell(loaded, eye, arm, concept, asked if arm in CLAIMED else fewer, cfg)
@@ -232,7 +234,7 @@ def measure_overhead(loaded, repeats: int) -> Figure:
 
 def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    loaded, eye, n, few = host_lab.load("unet"), Eye.load(), SAMPLE if sample else N, SAMPLE if sample else FEW
+    loaded, eye, n, few = host_lab.load("unet"), Eye.load(), SAMPLE if sample else N, 0 if sample else FEW
     figures: dict[str, Figure] = {}
     with torch.inference_mode():
         found, rows = measure_harmless(loaded, eye, n)

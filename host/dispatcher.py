@@ -180,6 +180,7 @@ class Overlay:
         self.bound = None
 
     def replacement(self, *args, **kwargs):
+        """What is called in the method's place: each kind of overlay has its own."""
         raise NotImplementedError
 
 

@@ -223,10 +223,10 @@ def phrase(clip, seat: Seat, concept: str) -> list[tuple]:
 def directions(reader: Reader, seat: Seat, concepts: Sequence[str], carriers: Sequence[str] = CARRIERS) -> torch.Tensor:
     """(K, D) what each concept's words bring to a text: the mean over carriers of the vector with them less that with fillers instead."""
     windows, bare = [], []
+    around = [[len(contents(phrase(reader.clip, seat, part))) for part in carrier.split("{}")] for carrier in carriers]
     for concept in concepts:
-        for carrier in carriers:
+        for carrier, (before, behind) in zip(carriers, around, strict=True):
             window = phrase(reader.clip, seat, carrier.format(concept))
-            before, behind = (len(contents(phrase(reader.clip, seat, part))) for part in carrier.split("{}"))
             inside = contents(window)
             windows.append(window)
             bare.append(without(window, inside[before : len(inside) - behind]))

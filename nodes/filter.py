@@ -76,8 +76,7 @@ class Filter(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "The same text, encoded by the same CLIP, with areas, masks or ControlNets: they are kept. Neutral: not "
-                        "connected, the "
-                        "text is encoded here."
+                        "connected, the text is encoded here."
                     ),
                 ),
                 io.Float.Input(
@@ -90,8 +89,7 @@ class Filter(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "ours: how far beyond leaving the words out it goes, so that the model does not choose the concept by itself. "
-                        "0: the "
-                        "prompt without them."
+                        "0: the prompt without them."
                     ),
                 ),
                 io.Float.Input(
@@ -104,8 +102,7 @@ class Filter(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to "
-                        f"one the "
-                        "prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
+                        "one the prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
                     ),
                 ),
                 io.Float.Input(
@@ -126,8 +123,7 @@ class Filter(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "paper, released_code: which projection comes last. 'concepts last' leaves nothing of them, 'prompt last' stays "
-                        "among "
-                        "what the prompt can say, 'concepts only' changes least."
+                        "among what the prompt can say, 'concepts only' changes least."
                     ),
                 ),
                 io.Combo.Input(
