@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import comfy.clip_model
 import comfy.model_management
 import torch
 
@@ -147,8 +148,8 @@ class Reader:
 
     def read(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What an encoder makes of each of N windows: (vectors (N, D), pooled (N, P) or None). A vector is the row that ends the words of a
-        CLIP, and the sum of the words' rows of a T5: as a mean, each word of a long text would weigh next to nothing. The host's CLIP
-        takes whole windows only, however short the text.
+        CLIP, and the sum of the words' rows of a T5: as a mean, each word of a long text would weigh next to nothing. Nothing behind the
+        end of the words is read: in a CLIP no row knows of it, and a T5 sees padding alike in all that is compared.
         """
         clip, model = self.clip, self.clip.cond_stage_model
         model.reset_clip_options()
@@ -157,17 +158,43 @@ class Reader:
         clip.load_model({seat.key: windows})
         device = clip.patcher.load_device
         model.set_clip_options({"execution_device": device})
+        encoder = getattr(model, seat.part)
+        stops = [ends(seat, window) for window in windows]
+        tokens = [[item[0] for item in window] for window in windows]
+        if not seat.causal:
+            tokens = [row[: stop + 1] for row, stop in zip(tokens, stops, strict=True)]
+        elif _reads_any_length(encoder):
+            tokens = [row[: max(stops) + 1] for row in tokens]
         read: dict[int, tuple] = {}
         with torch.inference_mode(), comfy.model_management.cuda_device_context(device):
-            for length in sorted({len(window) for window in windows}):
-                alike = [number for number, window in enumerate(windows) if len(window) == length]
+            for length in sorted({len(row) for row in tokens}):
+                alike = [number for number, row in enumerate(tokens) if len(row) == length]
                 most = max(1, AT_ONCE // length)
                 for batch in (alike[at : at + most] for at in range(0, len(alike), most)):
-                    rows, pooled = getattr(model, seat.part).encode([[item[0] for item in windows[number]] for number in batch])[:2]
+                    rows, pooled = _encode(encoder, [tokens[number] for number in batch])
                     for at, number in enumerate(batch):
-                        stop = ends(seat, windows[number])
-                        vector = rows[at, stop] if seat.causal else rows[at, :stop].sum(0)
+                        vector = rows[at, stops[number]] if seat.causal else rows[at, : stops[number]].sum(0)
                         read[number] = vector.cpu(), None if pooled is None else pooled[at].cpu()
                     self.batches += 1
         vectors, pooled = zip(*(read[number] for number in range(len(windows))), strict=True)
         return torch.stack(vectors), None if pooled[0] is None else torch.stack(pooled)
+
+
+POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"
+
+
+def _reads_any_length(encoder) -> bool:
+    """Whether it is the host's CLIP with plain position rows: `_encode` can give it fewer of them."""
+    if not isinstance(encoder.transformer, comfy.clip_model.CLIPTextModel):
+        return False
+    return type(encoder.transformer.text_model.embeddings.position_embedding.weight) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _encode(encoder, tokens: list[list]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows (N, L, D) and pooled (N, P) or None of N windows of one length. The host's CLIP adds all of its position rows, and so takes
+    whole windows only: for shorter ones it gets as many as there are tokens, for the time of the call.
+    """
+    if not _reads_any_length(encoder):
+        return encoder.encode(tokens)[:2]
+    positions = encoder.get_parameter(POSITIONS)[: len(tokens[0])]
+    return torch.func.functional_call(encoder, {POSITIONS: positions}, (tokens,), tie_weights=False)[:2]

@@ -7,6 +7,7 @@ way (SAFREE, arXiv 2410.12761) projects the rows of these words. `ops.filter` ha
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ SWITCH = (OWN, ON, OFF)
 GATE = 0.4
 PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
-ALONE, ALONE_COUNTS = ("{}",), 0.5  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
+ALONE, ALONE_COUNTS = "{}", 0.5  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
 MOST_CONCEPTS = 200
 COSINE = 0.95  # of the gate: the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
 AGAIN = 0.65  # of the gate: what counts in a text that was found to bring the concept
@@ -220,19 +221,36 @@ def phrase(clip, seat: Seat, concept: str) -> list[tuple]:
     return windows[0]
 
 
-def directions(reader: Reader, seat: Seat, concepts: Sequence[str], carriers: Sequence[str] = CARRIERS) -> torch.Tensor:
-    """(K, D) what each concept's words bring to a text: the mean over carriers of the vector with them less that with fillers instead."""
-    windows, bare = [], []
-    around = [[len(contents(phrase(reader.clip, seat, part))) for part in carrier.split("{}")] for carrier in carriers]
+# What concepts' words bring, by encoder: the same list of concepts stands beside many prompts. (2, D) each: on carriers, and alone.
+_brought: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def directions(reader: Reader, seat: Seat, concepts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each concept's words bring to a text, twice (K, D): the mean over carriers of the vector with them less that with fillers
+    instead, and the same for the words alone. Kept for as long as the encoder lives and has the same patches.
+    """
+    clip = reader.clip
+    known = {} if clip.patcher.forced_hooks else _brought.setdefault(getattr(clip.cond_stage_model, seat.part), {})
+    around = [[len(contents(phrase(clip, seat, part))) for part in carrier.split("{}")] for carrier in (*CARRIERS, ALONE)]
+    keys, missing = [], {}
     for concept in concepts:
-        for carrier, (before, behind) in zip(carriers, around, strict=True):
-            window = phrase(reader.clip, seat, carrier.format(concept))
+        windows = [phrase(clip, seat, carrier.format(concept)) for carrier in (*CARRIERS, ALONE)]
+        # A learned embedding is told by its numbers, which may change under its name.
+        tokens = tuple(item[0] if isinstance(item[0], int) else item[0].float().numpy().tobytes() for item in windows[-1])
+        keys.append((clip.patcher.patches_uuid, clip.layer_idx, tokens))
+        if keys[-1] not in known:
+            missing[keys[-1]] = windows
+    if missing:
+        full = [window for windows in missing.values() for window in windows]
+        bare = []
+        for window, (before, behind) in zip(full, around * len(missing), strict=True):
             inside = contents(window)
-            windows.append(window)
             bare.append(without(window, inside[before : len(inside) - behind]))
-    vectors = reader.read(seat, windows + bare)[0]
-    brought = vectors[: len(windows)] - vectors[len(windows) :]
-    return brought.view(len(concepts), len(carriers), -1).mean(1)
+        vectors = reader.read(seat, full + bare)[0]
+        brought = (vectors[: len(full)] - vectors[len(full) :]).view(len(missing), len(around), -1)
+        known |= zip(missing, torch.stack([brought[:, :-1].mean(1), brought[:, -1]], 1))
+    told = torch.stack([known[key] for key in keys])
+    return told[:, 0], told[:, 1]
 
 
 def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], gate: float) -> list[Found]:
@@ -240,7 +258,7 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
     brings by itself with all others left out, whichever is more: several words of one meaning hide each other from the first. Those found
     are left out and the rest is looked through again, because each word of a description hides behind the others.
     """
-    among, alone = directions(reader, seat, concepts), directions(reader, seat, concepts, ALONE)
+    among, alone = directions(reader, seat, concepts)
     found: list[Found] = []
     for number, window in enumerate(prompt.windows[seat.key]):
         left: dict[str, list[Word]] = {}

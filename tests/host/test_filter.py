@@ -7,7 +7,7 @@ import torch
 
 from concept_nodes.host import lab
 from concept_nodes.host.encoders import FILLER, EncoderError, Reader, ends, seats, windows_of, without, words
-from concept_nodes.host.filter import METHODS, OURS, PAPER, RELEASED, FilterError, Prompt, Settings, keep_out, listed
+from concept_nodes.host.filter import METHODS, OURS, PAPER, RELEASED, FilterError, Prompt, Settings, directions, keep_out, listed
 from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.filter import PRESETS, Filter
 
@@ -67,14 +67,46 @@ def test_a_reading_is_what_the_host_encodes(kind):
         for number, prompt in enumerate(prompts):
             first, window = next(prompt.rows_of(seat))
             if seat.columns is not None:
-                rows = prompt.context[0, first : first + len(window), slice(*seat.columns)]
-                stop = ends(seat, window)
+                rows, stop = prompt.context[0, first : first + len(window), slice(*seat.columns)], ends(seat, window)
+                if not seat.causal:  # every row of a T5 sees the padding, which readings leave out
+                    rows = getattr(clip.cond_stage_model, seat.part).encode([[item[0] for item in window[: stop + 1]]])[0][0]
                 expected = rows[stop] if seat.causal else rows[:stop].sum(0)
                 assert torch.allclose(vectors[number], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max() + 1e-3))
             if seat.pooled is not None:
                 assert torch.allclose(
                     pooled[number], prompt.options["pooled_output"][0, slice(*seat.pooled)], atol=1e-2 if kind == "sd3" else 1e-5
                 )
+
+
+def test_readings_go_no_further_than_the_words(lab_clip):
+    """And leave the encoder with all of its positions, also when they fail."""
+    seat, encoder = seats(lab_clip)[0], lab_clip.cond_stage_model.clip_l
+    window = Prompt(lab_clip, "a red circle").windows[seat.key][0]
+    before = {key: (value.data_ptr(), value.shape) for key, value in encoder.named_parameters()}
+    lengths = []
+    handle = encoder.transformer.text_model.encoder.layers[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    try:
+        Reader(lab_clip).read(seat, [window, without(window, [1])])
+        with pytest.raises(IndexError):
+            Reader(lab_clip).read(seat, [[(10**6, 1.0, 1)]])
+    finally:
+        handle.remove()
+    assert lengths == [5]
+    assert {key: (value.data_ptr(), value.shape) for key, value in encoder.named_parameters()} == before
+
+
+def test_what_a_concept_brings_is_read_once(lab_clip):
+    """And again where the encoder was changed."""
+    seat, reader = seats(lab_clip)[0], Reader(lab_clip)
+    first = directions(reader, seat, ["umbrella", "red"])
+    batches = reader.batches
+    again = directions(reader, seat, ["red", "umbrella", "red"])
+    assert reader.batches == batches
+    assert all(torch.equal(one, other[[1, 0, 1]]) for one, other in zip(again, first, strict=True))
+    changed = lab_clip.clone()
+    changed.patcher.add_patches({"clip_l.transformer.text_model.encoder.layers.1.mlp.fc2.bias": ("diff", (torch.randn(128),))})
+    other = directions(Reader(changed), seat, ["red"])
+    assert not torch.allclose(other[0], again[0][:1], atol=1e-3)
 
 
 def test_embeddings_of_another_width_are_passed_over_as_the_host_does(lab_clip):
