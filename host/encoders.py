@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import comfy.clip_model
@@ -147,9 +147,15 @@ class Reader:
         self.clip, self.batches = clip, 0
 
     def read(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What an encoder makes of each of N windows: (vectors (N, D), pooled (N, P) or None). A vector is the row that ends the words of a
-        CLIP, and the sum of the words' rows of a T5: as a mean, each word of a long text would weigh next to nothing. Nothing behind the
-        end of the words is read: in a CLIP no row knows of it, and a T5 sees padding alike in all that is compared.
+        """What sums up each of N windows: (vectors (N, D), pooled (N, P) or None). A vector is the row that ends the words of a CLIP, and
+        the sum of the words' rows of a T5: as a mean, each word of a long text would weigh next to nothing.
+        """
+        rows, pooled = self.rows(seat, windows)
+        return torch.stack([one[-1] if seat.causal else one[:-1].sum(0) for one in rows]), pooled
+
+    def rows(self, seat: Seat, windows: Sequence[Sequence[tuple]]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What an encoder makes of each of N windows: rows (L, D) up to the end of the words, and pooled (N, P) or None. Nothing behind
+        that end is read: in a CLIP no row knows of it, and a T5 sees padding alike in all that is compared.
         """
         clip, model = self.clip, self.clip.cond_stage_model
         model.reset_clip_options()
@@ -172,12 +178,23 @@ class Reader:
                 most = max(1, AT_ONCE // length)
                 for batch in (alike[at : at + most] for at in range(0, len(alike), most)):
                     rows, pooled = _encode(encoder, [tokens[number] for number in batch])
+                    rows, pooled = rows.cpu(), None if pooled is None else pooled.cpu()
                     for at, number in enumerate(batch):
-                        vector = rows[at, stops[number]] if seat.causal else rows[at, : stops[number]].sum(0)
-                        read[number] = vector.cpu(), None if pooled is None else pooled[at].cpu()
+                        read[number] = rows[at, : stops[number] + 1], None if pooled is None else pooled[at]
                     self.batches += 1
-        vectors, pooled = zip(*(read[number] for number in range(len(windows))), strict=True)
-        return torch.stack(vectors), None if pooled[0] is None else torch.stack(pooled)
+        told, pooled = zip(*(read[number] for number in range(len(windows))), strict=True)
+        return list(told), None if pooled[0] is None else torch.stack(pooled)
+
+
+def brought(seat: Seat, rows: torch.Tensor, without: torch.Tensor, left_out: Iterable[int]) -> torch.Tensor:
+    """(D,) what some positions of a window bring to its rows (L, D), given the rows without them: in a CLIP the mean over the rows behind
+    but their own, which say little but which word it is; in a T5 the sum over all, whose words' own rows hold most of what they mean.
+    """
+    change = rows.float() - without.float()
+    if not seat.causal:
+        return change[:-1].sum(0)
+    left_out = set(left_out)
+    return change[[row for row in range(min(left_out), len(rows)) if row not in left_out]].mean(0)
 
 
 POSITIONS = "transformer.text_model.embeddings.position_embedding.weight"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import filter as ops
-from .encoders import Reader, Seat, Word, contents, ends, seats, windows_of, without, words
+from .encoders import Reader, Seat, Word, brought, contents, ends, seats, windows_of, without, words
 from .poles import POOLED, windowed
 
 OURS, PAPER, RELEASED = "ours", "paper", "released_code"
@@ -25,12 +25,15 @@ ROWS = (OWN, CONTENT, END, ALL_ROWS)
 ORDERS = (OWN, *ops.ORDERS)
 ON, OFF = "on", "off"
 SWITCH = (OWN, ON, OFF)
-GATE = 0.4
+GATE = 0.35
 PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
 ALONE, ALONE_COUNTS = "{}", 0.5  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
+# Words of no particular concept. What they have in common, any word brings that stands where a filler could.
+NEUTRAL = ("thing", "place", "house", "water", "person", "time", "light", "hand", "road", "paper", "animal", "food")
+TOGETHER, ENOUGH, FEW = 0.55, 0.8, 5  # the least cosine of what a few words bring together, the least amount, in gates, how many are tried
 MOST_CONCEPTS = 200
-COSINE = 0.95  # of the gate: the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
+COSINE = 0.38  # the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
 AGAIN = 0.65  # of the gate: what counts in a text that was found to bring the concept
 ROUNDS = 12  # of looking for what is left after words were left out
 
@@ -242,23 +245,45 @@ def directions(reader: Reader, seat: Seat, concepts: Sequence[str]) -> tuple[tor
             missing[keys[-1]] = windows
     if missing:
         full = [window for windows in missing.values() for window in windows]
-        bare = []
-        for window, (before, behind) in zip(full, around * len(missing), strict=True):
-            inside = contents(window)
-            bare.append(without(window, inside[before : len(inside) - behind]))
-        vectors = reader.read(seat, full + bare)[0]
-        brought = (vectors[: len(full)] - vectors[len(full) :]).view(len(missing), len(around), -1)
-        known |= zip(missing, torch.stack([brought[:, :-1].mean(1), brought[:, -1]], 1))
+        inside = [
+            contents(window)[before : len(contents(window)) - behind]
+            for window, (before, behind) in zip(full, around * len(missing), strict=True)
+        ]
+        bare = [without(window, places) for window, places in zip(full, inside, strict=True)]
+        rows = reader.rows(seat, full + bare)[0]
+        made = [brought(seat, *pair, places) for *pair, places in zip(rows[: len(full)], rows[len(full) :], inside, strict=True)]
+        made = torch.stack(made).view(len(missing), len(around), -1)
+        known |= zip(missing, torch.stack([made[:, :-1].mean(1), made[:, -1]], 1))
     told = torch.stack([known[key] for key in keys])
     return told[:, 0], told[:, 1]
+
+
+def forget() -> None:
+    """Let what concepts bring be read anew."""
+    _brought.clear()
+
+
+class Ear:
+    """What an encoder hears of concepts in words: how much of each (K,) lies in what words bring (N, D), in a text and by themselves."""
+
+    def __init__(self, reader: Reader, seat: Seat, concepts: Sequence[str]):
+        neutral = [ops.Span.of(heard.mean(0, keepdim=True)) for heard in directions(reader, seat, NEUTRAL)]
+        self.common = dict(zip((CARRIERS, ALONE), neutral, strict=True))
+        heard = directions(reader, seat, concepts)
+        self.concepts = {key: self.common[key].outside(one) for key, one in zip((CARRIERS, ALONE), heard, strict=True)}
+
+    def amount(self, changes: torch.Tensor, least_cosine: float, alone: bool = False) -> torch.Tensor:
+        key = ALONE if alone else CARRIERS
+        return ops.amount_brought(self.common[key].outside(changes), self.concepts[key], least_cosine)
 
 
 def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], gate: float) -> list[Found]:
     """The words of a text that bring a concept to an encoder. A word brings what the text loses without all of its occurrences, or what it
     brings by itself with all others left out, whichever is more: several words of one meaning hide each other from the first. Those found
-    are left out and the rest is looked through again, because each word of a description hides behind the others.
+    are left out and the rest is looked through again, because each word of a description hides behind the others. Where no word brings
+    enough, a few may do so together.
     """
-    among, alone = directions(reader, seat, concepts)
+    ear = Ear(reader, seat, concepts)
     found: list[Found] = []
     for number, window in enumerate(prompt.windows[seat.key]):
         left: dict[str, list[Word]] = {}
@@ -275,23 +300,44 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
             if turn == 0:
                 every = set(contents(window))
                 readings += [without(window, every), *(without(window, every - place) for place in places)]
-            vectors = reader.read(seat, readings)[0]
+            rows = reader.rows(seat, readings)[0]
             n = len(groups)
             # Words that stand in a text often ("a") change it much when all of them are left out.
             often = torch.tensor([len(group) for group in groups], dtype=torch.float64).sqrt()[:, None]
-            amount = ops.amount_brought(vectors[0] - vectors[1 : n + 1], among, COSINE * gate)
+            losses = torch.stack([brought(seat, rows[0], less, place) for less, place in zip(rows[1 : n + 1], places, strict=True)])
+            amount = ear.amount(losses, COSINE)
             if turn == 0:
-                nothing, by_itself = vectors[n + 1], vectors[n + 2 :]
-                amount = torch.maximum(amount, ALONE_COUNTS * ops.amount_brought(by_itself - nothing, alone, COSINE * gate))
+                gains = [brought(seat, alone, rows[n + 1], place) for alone, place in zip(rows[n + 2 :], places, strict=True)]
+                amount = torch.maximum(amount, ALONE_COUNTS * ear.amount(torch.stack(gains), COSINE, alone=True))
             most, which = (amount / often).max(1)
-            hits = [i for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
+            hits = [(i, int(which[i]), float(most[i])) for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
+            hits = hits or _together(reader, seat, ear, rows[0], now, places, ear.amount(losses, 0.0) / often, gate)
             if not hits:
                 break
-            for i in hits:
-                found += [Found(word, concepts[int(which[i])], float(most[i])) for word in groups[i]]
+            for i, concept, much in hits:
+                found += [Found(word, concepts[concept], much) for word in groups[i]]
                 gone |= places[i]
                 del left[groups[i][0].text.lower()]
     return found
+
+
+def _together(
+    reader: Reader, seat: Seat, ear: Ear, whole: torch.Tensor, window: list[tuple], places: list[set[int]], amount: torch.Tensor, gate: float
+) -> list[tuple[int, int, float]]:
+    """(group, concept, amount) of the fewest groups of words that together bring the concept that is heard most in single ones (N, K):
+    a text may be made of words none of which stands out.
+    """
+    concept = int(amount.topk(min(FEW, len(amount)), dim=0).values.sum(0).argmax())
+    order = amount[:, concept].argsort(descending=True)[:FEW].tolist()
+    if len(order) < 2 or float(amount[order, concept].sum()) < ENOUGH * gate:
+        return []
+    parts = [set().union(*(places[i] for i in order[:many])) for many in range(1, len(order) + 1)]
+    rows = reader.rows(seat, [without(window, part) for part in parts])[0]
+    losses = torch.stack([brought(seat, whole, less, part) for less, part in zip(rows, parts, strict=True)])
+    for many, much in enumerate(ear.amount(losses, TOGETHER)[:, concept].tolist(), 1):
+        if much >= ENOUGH * gate:
+            return [(i, concept, much) for i in order[:many]]
+    return []
 
 
 def _ours(prompt: Prompt, reader: Reader, concepts, settings: Settings, report: list[str]):
