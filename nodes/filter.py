@@ -16,6 +16,120 @@ PRESETS = {
 }
 
 
+def wish_inputs() -> list:
+    """What to keep out, by which method and how much of it."""
+    return [
+        io.String.Input(
+            "concepts",
+            multiline=True,
+            default="",
+            tooltip="What to keep out, one concept in each line, as short as it can be said. Neutral: empty, nothing is kept out.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=[NONE, *PRESETS],
+            default=NONE,
+            tooltip="Concepts to add to yours; the report lists them. To change a list, copy it into `concepts`. Neutral: none.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=list(METHODS),
+            default=OURS,
+            tooltip=(
+                "'ours': the words that bring a concept are left out, and what they brought is taken out of every row. 'paper': "
+                "their rows are projected as SAFREE is published. 'released_code': as its released code does."
+            ),
+        ),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="How much of it is done. 1 as the method means it, 0 (neutral) nothing.",
+        ),
+    ]
+
+
+def fine_inputs() -> list:
+    """How the methods go about it."""
+    return [
+        io.Float.Input(
+            "push",
+            default=0.5,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "ours: how far beyond leaving the words out it goes, so that the model does not choose the concept by itself. "
+                "0: the prompt without them."
+            ),
+        ),
+        io.Float.Input(
+            "gate",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to "
+                "one the prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
+            ),
+        ),
+        io.Float.Input(
+            "alpha",
+            default=0.01,
+            min=0.0,
+            max=0.2,
+            step=0.005,
+            optional=True,
+            advanced=True,
+            tooltip="paper, released_code: by what share a word must stand out among the others to be flagged. Published: 0.01.",
+        ),
+        io.Combo.Input(
+            "order",
+            options=list(ORDERS),
+            default=OWN,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "paper, released_code: which projection comes last. 'concepts last' leaves nothing of them, 'prompt last' stays "
+                "among what the prompt can say, 'concepts only' changes least."
+            ),
+        ),
+        io.Combo.Input(
+            "rows",
+            options=list(ROWS),
+            default=OWN,
+            optional=True,
+            advanced=True,
+            tooltip="Which rows may change. The end and the padding sum the words up. Ours: all; published: the words'.",
+        ),
+    ]
+
+
+def validating_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "self_validating",
+        options=list(SWITCH),
+        default=OWN,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Whether the end of the window follows from how much the filter changes, in steps of 50 as published. Ours: off; published: on."
+        ),
+    )
+
+
+def wanted_out(concepts: str, preset: str) -> list[str]:
+    """The concepts of both inputs. Raises FilterError where there are too many."""
+    return listed("\n".join([concepts, *PRESETS.get(preset, ())]))
+
+
 class Filter(io.ComfyNode):
     """A prompt's conditioning without what its words bring of unwanted concepts."""
 
@@ -42,35 +156,7 @@ class Filter(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder that the model reads."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt."),
-                io.String.Input(
-                    "concepts",
-                    multiline=True,
-                    default="",
-                    tooltip="What to keep out, one concept in each line, as short as it can be said. Neutral: empty, nothing is kept out.",
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=[NONE, *PRESETS],
-                    default=NONE,
-                    tooltip="Concepts to add to yours; the report lists them. To change a list, copy it into `concepts`. Neutral: none.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default=OURS,
-                    tooltip=(
-                        "'ours': the words that bring a concept are left out, and what they brought is taken out of every row. 'paper': "
-                        "their rows are projected as SAFREE is published. 'released_code': as its released code does."
-                    ),
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How much of it is done. 1 as the method means it, 0 (neutral) nothing.",
-                ),
+                *wish_inputs(),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
@@ -79,61 +165,7 @@ class Filter(io.ComfyNode):
                         "connected, the text is encoded here."
                     ),
                 ),
-                io.Float.Input(
-                    "push",
-                    default=0.5,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "ours: how far beyond leaving the words out it goes, so that the model does not choose the concept by itself. "
-                        "0: the prompt without them."
-                    ),
-                ),
-                io.Float.Input(
-                    "gate",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to "
-                        "one the prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
-                    ),
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=0.01,
-                    min=0.0,
-                    max=0.2,
-                    step=0.005,
-                    optional=True,
-                    advanced=True,
-                    tooltip="paper, released_code: by what share a word must stand out among the others to be flagged. Published: 0.01.",
-                ),
-                io.Combo.Input(
-                    "order",
-                    options=list(ORDERS),
-                    default=OWN,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "paper, released_code: which projection comes last. 'concepts last' leaves nothing of them, 'prompt last' stays "
-                        "among what the prompt can say, 'concepts only' changes least."
-                    ),
-                ),
-                io.Combo.Input(
-                    "rows",
-                    options=list(ROWS),
-                    default=OWN,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Which rows may change. The end and the padding sum the words up. Ours: all; published: the words'.",
-                ),
+                *fine_inputs(),
                 io.Combo.Input(
                     "pooled",
                     options=list(SWITCH),
@@ -142,17 +174,7 @@ class Filter(io.ComfyNode):
                     advanced=True,
                     tooltip="Whether the pooled vector is filtered, too (SDXL, SD 3 and Flux read it). Ours: on; published: off.",
                 ),
-                io.Combo.Input(
-                    "self_validating",
-                    options=list(SWITCH),
-                    default=OWN,
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "Whether the end of the window follows from how much the filter changes, in steps of 50 as published. Ours: off; "
-                        "published: on."
-                    ),
-                ),
+                validating_input(),
                 *window_inputs(optional=True, advanced=True),
             ],
             outputs=[
@@ -190,7 +212,7 @@ class Filter(io.ComfyNode):
         check_numbers(strength, start_percent, end_percent)
         if clip is None:
             raise FilterError("clip is empty: this checkpoint has no text encoder. Connect a CLIP loader.")
-        wanted = listed("\n".join([concepts, *PRESETS.get(preset, ())]))
+        wanted = wanted_out(concepts, preset)
         settings = Settings(method, strength, push, gate, alpha, order, rows, pooled, self_validating, start_percent, end_percent)
         done = keep_out(clip, text, wanted, settings, conditioning)
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(", ".join(wanted)))
