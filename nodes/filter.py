@@ -5,8 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import filter as host_filter
+from ..host.dispatcher import attach
 from ..host.filter import METHODS, ORDERS, OURS, OWN, ROWS, SWITCH, FilterError, Settings, keep_out, listed
-from ._shared import NONE, check_numbers, describe_window, window_inputs
+from ..host.reattention import Taken, reattention
+from ._shared import NONE, check_numbers, describe_window, model_input, model_outputs, result, share_input, window_inputs
 
 # Lists to begin with. Copy one into `concepts` to change it: the report shows what was used.
 PRESETS = {
@@ -224,4 +226,75 @@ class Filter(io.ComfyNode):
         return io.NodeOutput(done.conditioning, negative, report, ui=ui.PreviewText(report))
 
 
-NODES = [Filter]
+class FilterReattention(io.ComfyNode):
+    """Features that the filtered prompt brings more of than the original one, held down."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_FilterReattention",
+            display_name="Latent Re-attention",
+            category="concept/filter",
+            description=(
+                "SAFREE's second branch, for UNets: coarse features that the filtered prompt brings more of than the prompt did before the "
+                "filter are held down in the skip connections. It costs one more model call for each one of the positive prompt. Try Keep "
+                "Concept Out alone first: on the lab's model this added nothing to it."
+            ),
+            search_aliases=["SAFREE", "latent re-attention", "FreeU", "skip connections", "concept erasure", "Fourier"],
+            inputs=[
+                model_input(),
+                io.Conditioning.Input(
+                    "original",
+                    tooltip="The prompt before the filter, encoded as ever. Where the sampler's positive is the same, nothing is done.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How much is taken, times `deep` and `middle`. 1 as published, 0 (neutral) nothing.",
+                ),
+                *window_inputs(),
+                share_input(
+                    "deep",
+                    0.1,
+                    "What is taken of a frequency that exceeds, where features are widest (1280 in SD 1.5). Published: 0.1. Neutral: 0.",
+                    optional=True,
+                    advanced=True,
+                ),
+                share_input(
+                    "middle",
+                    0.8,
+                    "The same where features are half as wide (640 in SD 1.5). Published: 0.8. Neutral: 0.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "radius",
+                    default=1,
+                    min=0,
+                    max=8,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many periods across the picture still count as coarse. Published: 1, not all of them. 0: the mean alone.",
+                ),
+            ],
+            outputs=model_outputs("The model that holds these features down while it samples."),
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model, original, strength, start_percent, end_percent, deep=0.1, middle=0.8, radius=1) -> io.NodeOutput:
+        check_numbers(strength, start_percent, end_percent)
+        idle = Settings(strength=strength, start_percent=start_percent, end_percent=end_percent).idle(["anything"])
+        taken = Taken(deep, middle, radius)
+        effect, told = (None, idle) if idle else reattention(model.model, original, strength, taken, start_percent, end_percent)
+        if effect is None:
+            return result(model, f"Nothing done: {told}. The model passes through unchanged.")
+        model = model.clone()
+        attach(model, effect)
+        return result(model, f"{told} It acts {describe_window(start_percent, end_percent)}.")
+
+
+NODES = [Filter, FilterReattention]
