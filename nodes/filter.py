@@ -238,7 +238,7 @@ class FilterReattention(io.ComfyNode):
             description=(
                 "SAFREE's second branch, for UNets: coarse features that the filtered prompt brings more of than the prompt did before the "
                 "filter are held down in the skip connections. It costs one more model call for each one of the positive prompt. Try Keep "
-                "Concept Out alone first: on the lab's model this added nothing to it."
+                "Concept Out alone first: on the lab's model this added nothing to it that could be told from chance."
             ),
             search_aliases=["SAFREE", "latent re-attention", "FreeU", "skip connections", "concept erasure", "Fourier"],
             inputs=[
