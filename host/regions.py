@@ -168,7 +168,7 @@ def apply(
 ) -> tuple[Any, list[str]]:
     """A clone of MODEL `patcher` with the regions on it, and report lines. `positive` is the common CONDITIONING and `prompt` its text: for
     the words that a LoRA acts on where `text` is "span", and for filters of regions that read it. Raises RegionsError, AdapterError,
-    DocumentError, FilterError, EncoderError and MissingFile.
+    DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
