@@ -117,6 +117,12 @@ class Effect:
         """Conditions of its own that the guider shall prepare beside those it has, by a name that nobody else uses."""
         return {}
 
+    def ahead(self, this: Sampling, evaluate: Callable, model, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> dict:
+        """Before the host evaluates a model's conditions (`this.entries`) at x: the model_options that it shall do so with. Those given are
+        never written to. `evaluate(entries, options)` evaluates conditions of the effect's own there and then.
+        """
+        return options
+
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
         the effect's own may still change the model's schedule."""
@@ -676,6 +682,13 @@ def _calculate(executor, model, conds, x_in, timestep, model_options):
             name = this.names.get(entries[0].get("uuid"), "") if entries else ""
             for entry in entries or ():
                 this.entries[entry.get("uuid"), number] = name, entry.get("area")
+
+        def evaluate(own: Sequence[dict], options: dict, this=this) -> list[torch.Tensor]:
+            this.entries |= {(entry["uuid"], 0): (this.names.get(entry["uuid"], ""), entry.get("area")) for entry in own}
+            return executor(model, [own], x_in, timestep, options)
+
+        for effect in attached(this.guider.model_patcher):
+            model_options = effect.ahead(this, evaluate, model, x_in, timestep, model_options)
     return executor(model, conds, x_in, timestep, model_options)
 
 

@@ -101,6 +101,10 @@ class Filtered(NamedTuple):
     report: list[str]
     window: tuple[float, float] | None
 
+    def inside(self) -> torch.Tensor:
+        """The context that is read within the window."""
+        return next(context for context, options in self.conditioning if options.get("start_percent", 0.0) == self.window[0])
+
 
 class Prompt:
     """A text as every encoder of a CLIP reads it: windows and words by seat, and the host's own encoding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,9 @@ from ..ops.regions import MOST, Document, Region
 from ..ops.schedule import Schedule
 from . import adapters, files
 from .dispatcher import Call, Effect, attach
+from .encoders import EncoderError
 from .families import ALL, Family, family_of
+from .filter import FilterError, Prompt, Settings, keep_out, matching
 from .places import Place, group
 from .window import course
 from .words import Words, find, length_of
@@ -48,13 +50,29 @@ class Hung:
         return self.model == 0 or self.start == self.end or (self.schedule is not None and self.schedule.silent())
 
 
+class Unwanted(NamedTuple):
+    """Concepts to keep out of what a region reads, and how."""
+
+    concepts: tuple[str, ...]
+    settings: Settings
+
+
+class Reading(NamedTuple):
+    """What a region reads in a part of sampling: by condition, a text of its own in the common one's place."""
+
+    texts: Mapping[str, torch.Tensor]
+    start: float = 0.0
+    end: float = 1.0
+
+
 @dataclass(frozen=True)
 class Regions:
-    """CONCEPT_REGIONS: the document, and by region name the LoRAs and the mask that nodes hung on it."""
+    """CONCEPT_REGIONS: the document, and by region name the LoRAs, the mask and the filter that nodes hung on it."""
 
     document: Document = Document()
     hung: Mapping[str, tuple[Hung, ...]] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    filters: Mapping[str, Unwanted] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         return [region.name for region in self.document.regions]
@@ -77,6 +95,17 @@ class Regions:
     def with_lora(self, name: str, lora: Hung) -> Regions:
         self.check_name(name)
         return replace(self, hung={**self.hung, name: (*self.hung.get(name, ()), lora)})
+
+    def with_filter(self, name: str, unwanted: Unwanted) -> Regions:
+        """Keep concepts out of a region. A second filter adds its concepts; raises RegionsError where it works another way."""
+        self.check_name(name)
+        before = self.filters.get(name, unwanted)
+        if before.settings != unwanted.settings:
+            raise RegionsError(
+                f"Region '{name}' has a filter with other settings already. Set both alike, or write all concepts into one of them."
+            )
+        concepts = tuple(dict.fromkeys((*before.concepts, *unwanted.concepts)))
+        return replace(self, filters={**self.filters, name: unwanted._replace(concepts=concepts)})
 
     def drawn(self, height: int, width: int) -> torch.Tensor:
         """(K, height, width): the regions' shares in order."""
@@ -135,10 +164,11 @@ def apply(
     isolation: float = 0.0,
     isolation_end: float = 1.0,
     prompt: str = "",
-    rows: int | None = None,
+    positive: Sequence = (),
 ) -> tuple[Any, list[str]]:
-    """A clone of MODEL `patcher` with the regions on it, and report lines. `prompt` is the common one as text, for the words that a LoRA
-    acts on where `text` is "span", and `rows` how many its context has. Raises RegionsError, AdapterError, DocumentError and MissingFile.
+    """A clone of MODEL `patcher` with the regions on it, and report lines. `positive` is the common CONDITIONING and `prompt` its text: for
+    the words that a LoRA acts on where `text` is "span", and for filters of regions that read it. Raises RegionsError, AdapterError,
+    DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
@@ -146,7 +176,7 @@ def apply(
         return patcher, ["Nothing done: there are no regions. The model passes through unchanged."]
     drawing = Drawing(regions)
     effects: list[Effect] = []
-    lines, places = [], []
+    lines, places, parts, prompted = [], [], [], 0
     for index, region in enumerate(document.regions):
         share = float(drawing.shares(64, 64)[index].mean())
         if share == 0:
@@ -155,41 +185,44 @@ def apply(
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
         acting = not all(lora.idle() for lora in loras)
         named = text == "span" and acting
-        policy = _span(region, clip, family, prompt, rows) if named else text
+        policy = _span(region, clip, family, prompt, positive) if named else text
         # What tells words of the common prompt is no text of its own to be read beside it.
-        place = Place(drawing.of(index), _texts(replace(region, prompt="") if named else region, clip, loras))
-        told = [f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)})."] if named else []
+        own = replace(region, prompt="") if named else region
+        readings, told = _readings(own, clip, loras, regions.filters.get(region.name), named, prompt, positive)
+        if named:
+            told.insert(0, f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)}).")
+        # A place reads one text: where a filter has a window, places of one mask take turns.
+        turns = [(Place(drawing.of(index), texts), start, end) for texts, start, end in readings]
+        before = len(effects)
         for lora in loras:
             if lora.idle():
                 told.append(f"'{lora.label}': nothing done on the model, its strength or schedule is 0 or its window empty.")
                 continue
             placement = adapters.place(patcher, lora.state, lora.label, lora.layers)
             strength = lora.model * (placement.to_comparable() if lora.comparable else 1.0)
-            effect = adapters.AdapterEffect(
-                f"'{region.name}': {lora.kind} '{lora.label}' at {lora.model:g}",
-                placement.parts,
-                strength,
-                lora.start,
-                lora.end,
-                lora.schedule,
-            )
-            effect.place, effect.text = place, policy
-            effects.append(effect)
+            label = f"'{region.name}': {lora.kind} '{lora.label}' at {lora.model:g}"
+            for place, start, end in turns:
+                first, last = max(lora.start, start), min(lora.end, end)
+                if first < last:
+                    effect = adapters.AdapterEffect(label, placement.parts, strength, first, last, lora.schedule)
+                    effect.place, effect.text = place, policy
+                    effects.append(effect)
             units = f" in comparable units ({strength:.3g} in its own)" if lora.comparable else ""
             times = f", times {lora.schedule} over sampling" if lora.schedule else ""
             told.append(f"'{lora.label}' at {lora.model:g}{units}{times}. {placement.report}")
-        if place.texts:
-            effects.append(TextEffect(f"'{region.name}': prompt", place))
-        if not place.texts and not any(effect.place is place for effect in effects):
+        effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
+        if len(effects) == before:
             lines += told
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")
             continue
-        places.append(place)
-        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; reads {_reads(place)}.", *told]))
+        places.append(turns[0][0])
+        parts += [place for place, _, _ in turns]
+        prompted += bool(_wanted(own))
+        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; reads {_reads(own)}.", *told]))
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
-    group(places)
-    if sum(bool(place.texts) for place in places) > 1:
+    group(parts)
+    if prompted > 1:
         lines.append(MISSING)
     if isolation > 0 and isolation_end > 0 and len(places) > 1:
         effects.append(IsolationEffect(places, isolation, isolation_end))
@@ -201,9 +234,14 @@ def apply(
     return patcher, lines
 
 
-def _reads(place: Place) -> str:
-    own = {("positive",): "a prompt of its own", ("negative",): "a negative prompt of its own"}
-    return own.get(tuple(place.texts), "a prompt and a negative prompt of its own") if place.texts else "the common prompt"
+def _wanted(region: Region) -> dict[str, str]:
+    """The region's own texts, by condition."""
+    return {name: text for name, text in (("positive", region.prompt), ("negative", region.negative)) if text.strip()}
+
+
+def _reads(region: Region) -> str:
+    own = {(): "the common prompt", ("positive",): "a prompt of its own", ("negative",): "a negative prompt of its own"}
+    return own.get(tuple(_wanted(region)), "a prompt and a negative prompt of its own")
 
 
 def _read(lora) -> Hung:
@@ -216,13 +254,14 @@ def _words_of(region: Region) -> str:
     return region.prompt.strip() or region.name
 
 
-def _span(region: Region, clip, family: Family, prompt: str, rows: int | None) -> Words:
+def _span(region: Region, clip, family: Family, prompt: str, positive: Sequence) -> Words:
     """The region's words in the common prompt."""
     if clip is None:
         raise RegionsError("text is 'span', and no clip is connected to find words with. Connect the model's CLIP, or choose another text.")
     if not prompt.strip():
         raise RegionsError("text is 'span', and prompt is empty. Connect the text that positive was made from, or choose another text.")
     words, length = _words_of(region), length_of(clip, family, prompt)
+    rows = positive[0][0].shape[1] if positive else None
     if rows is not None and rows < length:
         raise RegionsError(
             f"prompt takes {length} tokens, and positive was made from {rows}. Put the words into prompt that positive was made from."
@@ -255,16 +294,57 @@ def _with_text_part(clip, lora: Hung):
     return clip
 
 
-def _texts(region: Region, clip, loras: Sequence[Hung]) -> dict[str, torch.Tensor]:
-    """The region's own texts as contexts, by condition."""
-    wanted = {name: text for name, text in (("positive", region.prompt), ("negative", region.negative)) if text.strip()}
-    if not wanted:
-        return {}
-    if clip is None:
+def _readings(
+    region: Region, clip, loras: Sequence[Hung], unwanted: Unwanted | None, named: bool, prompt: str, positive: Sequence
+) -> tuple[list[Reading], list[str]]:
+    """What a region reads from the first step to the last, and report lines. named: its LoRAs act on words of the common prompt."""
+    wanted, own = _wanted(region), clip
+    if wanted and clip is None:
         raise RegionsError(
             f"Region '{region.name}' has a prompt, and no clip is connected to read it. Connect the model's CLIP, or empty it."
         )
-    for lora in loras:
+    for lora in loras if wanted else ():
         if lora.clip != 0:
-            clip = _with_text_part(clip, lora)
-    return {name: clip.encode_from_tokens(clip.tokenize(text)) for name, text in wanted.items()}
+            own = _with_text_part(own, lora)
+    texts = {name: own.encode_from_tokens(own.tokenize(text)) for name, text in wanted.items()}
+    if unwanted is None:
+        return [Reading(texts)], []
+    idle = unwanted.settings.idle(unwanted.concepts)
+    if idle:
+        return [Reading(texts)], [f"Filter of '{region.name}': nothing done, {idle}."]
+    if named:
+        raise RegionsError(
+            f"text is 'span', by which region '{region.name}' reads the common prompt as it is, and a filter hangs on the region. Choose "
+            "another text, or encode the common prompt with Keep Concept Out instead."
+        )
+    try:
+        if "positive" in wanted:
+            done = keep_out(own, wanted["positive"], unwanted.concepts, unwanted.settings)
+        else:
+            done = keep_out(clip, _common(region, clip, prompt, positive), unwanted.concepts, unwanted.settings)
+    except (FilterError, EncoderError) as error:
+        raise RegionsError(f"The filter of region '{region.name}': {error}") from error
+    told = [f"Kept out of '{region.name}': {', '.join(unwanted.concepts)}.", *done.report]
+    if done.window is None:
+        return [Reading(texts)], told
+    start, end = done.window
+    told.append("The filter acts in all steps." if done.window == (0.0, 1.0) else f"The filter acts from {start:g} to {end:g} of sampling.")
+    filtered = texts | {"positive": done.inside()}
+    parts = (Reading(texts, 0.0, start), Reading(filtered, start, end), Reading(texts, end, 1.0))
+    return [reading for reading in parts if reading.start < reading.end], told
+
+
+def _common(region: Region, clip, prompt: str, positive: Sequence) -> str:
+    """The text that a region without a prompt reads. Raises RegionsError where it is not known."""
+    ways = "Give Apply Regions the text in prompt and the CLIP that positive was made with, or the region a prompt of its own."
+    if clip is None or not prompt.strip():
+        missing = "no clip is connected" if clip is None else "its text is not known: prompt is empty"
+        raise RegionsError(f"Region '{region.name}' has a filter and reads the common prompt, and {missing}. {ways}")
+    try:
+        matching(positive, Prompt(clip, prompt))
+    except FilterError as error:
+        raise RegionsError(
+            f"Region '{region.name}' has a filter and reads the common prompt, and positive was not made of the text in prompt by this "
+            f"CLIP. {ways}"
+        ) from error
+    return prompt

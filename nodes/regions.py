@@ -6,7 +6,8 @@ from comfy_api.latest import io, ui
 
 from ..host import adapters, files
 from ..host.families import ALL
-from ..host.regions import Hung, Regions, apply
+from ..host.filter import OFF, OWN, Settings
+from ..host.regions import Hung, Regions, Unwanted, apply
 from ..ops.masks import Box, Ellipse
 from ..ops.regions import COLOURS, Region
 from ..ops.schedule import Schedule
@@ -32,6 +33,7 @@ from ._shared import (
     strength_input,
     window_inputs,
 )
+from .filter import fine_inputs, validating_input, wanted_out, wish_inputs
 
 LIMIT = 100.0
 LIMIT_ISOLATION = 10.0
@@ -249,6 +251,56 @@ class RegionSlider(OfFile):
         return io.NodeOutput(regions.with_lora(region, hung))
 
 
+class RegionFilter(io.ComfyNode):
+    """Concepts kept out of one region."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_RegionFilter",
+            display_name="Region Filter",
+            category="concept/regions",
+            description=(
+                "Keeps concepts out of one named region: what its prompt brings of them is taken out, and all other regions read theirs as "
+                "ever. No training, no weights touched, no model call added. Apply Regions says which words were flagged."
+            ),
+            search_aliases=["regional negative prompt", "SAFREE", "concept erasure", "region censor", "remove concept", "safety filter"],
+            inputs=[
+                io.Custom(REGIONS).Input("regions", tooltip="The regions, from Region or a canvas."),
+                io.String.Input("region", default="region 1", tooltip="The name of the region that the concepts are kept out of."),
+                *wish_inputs(),
+                *fine_inputs(),
+                validating_input(),
+                *window_inputs(optional=True, advanced=True),
+            ],
+            outputs=[io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions with the filter on one of them.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        regions,
+        region,
+        concepts,
+        preset,
+        method,
+        strength,
+        push=0.5,
+        gate=0.0,
+        alpha=0.01,
+        order=OWN,
+        rows=OWN,
+        self_validating=OWN,
+        start_percent=0.0,
+        end_percent=1.0,
+    ) -> io.NodeOutput:
+        check_numbers(strength, start_percent, end_percent)
+        # A pooled vector is one for all of the picture.
+        settings = Settings(method, strength, push, gate, alpha, order, rows, OFF, self_validating, start_percent, end_percent)
+        settings.check()
+        return io.NodeOutput(regions.with_filter(region, Unwanted(tuple(wanted_out(concepts, preset)), settings)))
+
+
 class RegionsToMasks(io.ComfyNode):
     """The masks of regions as the host's MASK."""
 
@@ -325,13 +377,20 @@ class RegionsApply(io.ComfyNode):
                     ),
                 ),
                 share_input("isolation_end", 0.5, "Until when isolation holds, as a share of sampling. No effect at isolation 0."),
-                io.Clip.Input("clip", optional=True, tooltip="Reads the regions' prompts. Neutral: not connected, if no region has one."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter.",
+                ),
                 io.String.Input(
                     "prompt",
                     default="",
                     optional=True,
                     force_input=True,
-                    tooltip="The text that positive was made from; for text 'span', which finds the regions' words in it. Neutral: empty.",
+                    tooltip=(
+                        "The text that positive was made from: for text 'span', which finds the regions' words in it, and for filters on "
+                        "regions that have no prompt of their own. Neutral: empty."
+                    ),
                 ),
             ],
             outputs=[
@@ -350,8 +409,7 @@ class RegionsApply(io.ComfyNode):
         check_numbers(isolation, 0.0, 1.0, strength_name="isolation")
         if not 0.0 <= isolation_end <= 1.0:
             raise ValueError(f"isolation_end is {isolation_end}. Set it to a share of sampling from 0 to 1.")
-        rows = positive[0][0].shape[1] if positive else None
-        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, rows)
+        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, positive)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
 
@@ -363,4 +421,4 @@ def checked_name(name: str) -> str:
     return name.strip()
 
 
-NODES = [MaskedLoRA, RegionNode, RegionLoRA, RegionSlider, RegionsToMasks, RegionsApply]
+NODES = [MaskedLoRA, RegionNode, RegionLoRA, RegionSlider, RegionFilter, RegionsToMasks, RegionsApply]

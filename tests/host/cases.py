@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
+from concept_nodes.nodes.filter import FilterReattention
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
 from concept_nodes.nodes.sliders import Slider, SliderPrompts
 from concept_nodes.ops.masks import Box
@@ -25,12 +26,14 @@ class Case(NamedTuple):
     tells     what its report must hold with these settings
     neutral   settings that must do nothing -> the model with them
     reference the host's own way to the same model, where there is one
+    refuses   kinds of models that it says it cannot act on
     """
 
     execute: Callable
     tells: tuple[str, ...]
     neutral: dict[str, Callable]
     reference: Callable | None = None
+    refuses: tuple[str, ...] = ()
 
     def acts(self, model):
         """The model with a clear effect."""
@@ -81,6 +84,15 @@ def put_prompts(*args, **options):
     return prompts(*args, **options).result[0]
 
 
+def reattention(model, strength=1.0, start=0.0, end=1.0, original=30, **options):
+    """Latent re-attention, sampled with another prompt than its original."""
+    return FilterReattention.execute(model, models.conditioning(model, original), strength, start, end, **options)
+
+
+def put_reattention(*args, **options):
+    return reattention(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -119,6 +131,15 @@ EFFECTS = {
             "embedding": lambda model: put_prompts(model, form="embedding"),
         },
     ),
+    "ConceptNodes_FilterReattention": Case(
+        execute=reattention,
+        tells=("Of 4 skip connections, 3 with features of 64 (to 0.2 of itself)", "One model call is added", "in all steps"),
+        neutral={
+            "strength 0": lambda model: put_reattention(model, 0.0),
+            "empty window": lambda model: put_reattention(model, start=0.5, end=0.5),
+        },
+        refuses=("flux",),
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
@@ -138,6 +159,7 @@ PLUMBING = {
     "ConceptNodes_Region": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionSlider": "adds to a list; test_slider.py holds that it acts as a region's LoRA does",
+    "ConceptNodes_RegionFilter": "adds to a list; test_region_filter.py holds what is read where, and that nothing to do is nothing",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_SliderTrainText": "trains a file; test_training.py holds what it is",
     "ConceptNodes_SliderTrainImages": "trains a file; test_training.py holds what it is",

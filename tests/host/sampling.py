@@ -1,7 +1,7 @@
 """Ways to sample with the host's own nodes, and situations that must leave a model as it was."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -326,6 +326,12 @@ SITUATIONS: dict[str, Situation] = {
         }.items()
     },
 }
+
+
+def situation(name: str, refused: Collection[str]) -> Situation:
+    """A situation by name, on a model of a kind that is not refused."""
+    found = SITUATIONS[name]
+    return found._replace(model=partial(compiled, "sd15")) if found.model is compiled and "flux" in refused else found
 
 
 class Others:

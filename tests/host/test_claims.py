@@ -4,6 +4,7 @@ import json
 import re
 
 from concept_nodes.benchmarks import filter as of_filter
+from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks._report import RESULTS, Figure
 from concept_nodes.lab import sliders
@@ -55,3 +56,14 @@ def test_the_filters_page_tells_what_was_measured():
         line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"  # no minus before nought
         assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
         assert figure.n >= 300 or key == "text_overhead"
+
+
+def test_and_of_latent_re_attention():
+    """No change that leaves out nought is what the page says."""
+    result = json.loads((RESULTS / "reattention.json").read_text(encoding="utf-8"))
+    found = {key: Figure(**figure) for key, figure in result["figures"].items()}
+    assert of_reattention.table(found) in (README.parent / "docs" / "filter.md").read_text(encoding="utf-8")
+    for way in of_reattention.WAYS:
+        change = found[f"{way}_held_change"]
+        assert change.low <= 0 <= change.high and change.n >= 144
+        assert found[f"{way}_moved"].low > 0.01

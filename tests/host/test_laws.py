@@ -76,7 +76,7 @@ def test_law_3_every_stock_sampler_and_guider(node_id, way, plain):
 @pytest.mark.parametrize("situation", sampling.SITUATIONS)
 @each_effect
 def test_law_4_nothing_is_mutated(node_id, situation):
-    situation = sampling.SITUATIONS[situation]
+    situation = sampling.situation(situation, cases.EFFECTS[node_id].refuses)
     model = situation.model()
     expected = situation.plain(model)
     model_before, patcher_before = state.of_model(model.model), state.of_patcher(model)
