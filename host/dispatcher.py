@@ -66,7 +66,10 @@ class Act(Protocol):
 
 
 class Part(Protocol):
-    """What an effect places on one module. Parts of one class that meet on a module are joined into one act."""
+    """What an effect places on one module. Parts of one class that meet on a module are joined into one act; those of `last` see what the
+    others made of the module's output."""
+
+    last = False
 
     @classmethod
     def join(cls, parts: Sequence[Part], module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Act:
@@ -127,6 +130,22 @@ class Effect:
         """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
         the effect's own may still change the model's schedule."""
         raise NotImplementedError
+
+    def in_run(self, run: Run) -> Effect:
+        """The effect as it acts in one run: a copy, where it keeps something of the run."""
+        return self
+
+    def enter(self, call: Call) -> None:
+        """Before a call in which it acts."""
+
+    def look_back(self, call: Call) -> None:
+        """After a call that went well, in which it acted."""
+
+    def leave(self, call: Call) -> None:
+        """After a call in which it acted, however it went."""
+
+    def come_out(self, sampling: Sampling, latents: Sequence[torch.Tensor]) -> None:
+        """After a sampling that went well, with the latents that samplers hand out of it."""
 
 
 def attach(patcher, effect: Effect) -> None:
@@ -335,7 +354,8 @@ class Run:
         self.effects = attached(patcher)
         names = dict.fromkeys(name for effect in self.effects for name in effect.parts)
         self.modules = {name: patcher.model.get_submodule(name) for name in names}
-        self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.effects]
+        self.acting = [effect.in_run(self) for effect in self.effects]
+        self.strengths = [effect.strengths(patcher.get_model_object("model_sampling")) for effect in self.acting]
         masked = any(effect.place is not None or effect.apart for effect in self.effects)
         self.sites = sites(patcher.model, self.modules) if masked else {}
         kept = Kept()
@@ -375,6 +395,8 @@ class Run:
             self._tell(strengths, told[1], active, call)
             self._told = told
         self._open.append((self._key, self._acts, told, active, call))
+        for index in active:
+            self.acting[index].enter(call)
         layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
         kept = self._texts_stay(call)
         for _, act in self._around:
@@ -396,7 +418,9 @@ class Run:
 
     def leave(self) -> None:
         """After a call: what was told for the call around it holds again."""
-        self._open.pop()
+        ended = self._open.pop()
+        for index in ended[3] if ended else ():
+            self.acting[index].leave(ended[4])
         if self._open and self._open[-1] is not None:
             key, self._acts, told, active, call = self._open[-1]
             if key != self._key:
@@ -410,7 +434,10 @@ class Run:
                     act.of = None  # what the rest of the call reads is not the inner call's
 
     def look_back(self) -> None:
-        """After a call that went well: what of it went around us."""
+        """After a call that went well: what it showed, and what of it went around us."""
+        *_, active, call = self._open[-1] or ((), None)
+        for index in active:
+            self.acting[index].look_back(call)
         if any(spread.missed() for spread in self._spreads.values()):
             self.notes["Layers that worked on other tokens than the picture's (a shrunk one?) got nothing of what has a place."] = None
         around = sum(not act.called for _, act in self._around)
@@ -422,13 +449,14 @@ class Run:
         """The acts on one module, each with the effects that it joins."""
         members: dict[type, list[int]] = {}
         for index in active:
-            if name in self.effects[index].parts:
-                members.setdefault(type(self.effects[index].parts[name]), []).append(index)
+            if name in self.acting[index].parts:
+                members.setdefault(type(self.acting[index].parts[name]), []).append(index)
 
         def parts(indices):
-            return [self.effects[index].parts[name] for index in indices]
+            return [self.acting[index].parts[name] for index in indices]
 
-        return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in members.items()]
+        ordered = sorted(members.items(), key=lambda item: getattr(item[0], "last", False))
+        return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in ordered]
 
     def _kind(self, call: Call, active: tuple[int, ...]) -> Kind | None:
         """What the masks of the active effects have to be fitted to; None where none has a mask."""
@@ -747,11 +775,18 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
         if record.unheard():
             log.warning("%s: %s", ", ".join(effect.name for effect in record.effects), UNHEARD)
         remember(record, output, *denoised)
+        for effect in _effects(this):
+            effect.come_out(this, (output, *denoised))
     return output
 
 
+def _effects(this: Sampling) -> list[Effect]:
+    """All effects in a sampling, each once (copies on further GPUs share theirs)."""
+    return list(dict.fromkeys(effect for run in this.runs for effect in run.effects))
+
+
 def _record(schedule: torch.Tensor, this: Sampling):
-    """The record of one sampling, over all models that had effects in it (copies on further GPUs share theirs)."""
-    effects = dict.fromkeys(effect for run in this.runs for effect in run.effects)
+    """The record of one sampling, over all models that had effects in it."""
+    effects = _effects(this)
     notes = dict.fromkeys(note for run in this.runs for note in run.notes)
     return make_record(schedule.tolist(), this.ended, effects, [call for run in this.runs for call in run.evaluations()], tuple(notes))

@@ -22,6 +22,8 @@ class Family(NamedTuple):
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_layers  pattern of the modules that published sliders of the family adapt
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
+    maps           pattern of the modules that attend from the picture to words
+    maps_read      which of them are read by default: FINE, all but those on the coarsest grid, or LATE, the last fifth
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -35,7 +37,12 @@ class Family(NamedTuple):
     tokenizers: tuple[str, ...]
     slider_layers: str
     blocks: tuple[str, ...]
+    maps: str
+    maps_read: str
     slider_start: float
+
+
+FINE, LATE = "all but the coarsest", "the last fifth"
 
 
 UNET_LAYERS = {
@@ -69,6 +76,8 @@ FAMILIES = (
         tokenizers=("l",),
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
+        maps=r"\.attn2$",
+        maps_read=FINE,
         slider_start=0.2,
     ),
     Family(
@@ -82,6 +91,8 @@ FAMILIES = (
         tokenizers=("l", "g"),
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
+        maps=r"\.attn2$",
+        maps_read=FINE,
         slider_start=0.25,
     ),
     Family(
@@ -95,6 +106,8 @@ FAMILIES = (
         tokenizers=("t5xxl", "l"),
         slider_layers=FLUX_SLIDER,
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
+        maps=r"\.double_blocks\.\d+$",
+        maps_read=LATE,
         slider_start=0.05,
     ),
 )

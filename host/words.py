@@ -23,9 +23,14 @@ class Words(NamedTuple):
 
 def find(clip, family: Family, prompt: str, words: str) -> tuple[int, ...]:
     """The rows of `words` in `prompt`, wherever they stand in it as they are written; none where they do not."""
+    return tuple(sorted({row for place in places(clip, family, prompt, words) for row in place}))
+
+
+def places(clip, family: Family, prompt: str, words: str) -> list[tuple[int, ...]]:
+    """The same, place by place in their order."""
     there, sought = _tokens(clip, family, prompt), [token for _, token in _tokens(clip, family, words)]
     starts = [at for at in range(len(there) - len(sought) + 1) if [token for _, token in there[at : at + len(sought)]] == sought]
-    return tuple(sorted({row for at in starts for row, _ in there[at : at + len(sought)]})) if sought else ()
+    return [tuple(row for row, _ in there[at : at + len(sought)]) for at in starts] if sought else []
 
 
 def length_of(clip, family: Family, prompt: str) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
 from concept_nodes.nodes.filter import FilterReattention
+from concept_nodes.nodes.maps import Capture
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
 from concept_nodes.nodes.sliders import Slider, SliderPrompts
 from concept_nodes.ops.masks import Box
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     neutral   settings that must do nothing -> the model with them
     reference the host's own way to the same model, where there is one
     refuses   kinds of models that it says it cannot act on
+    unseen    it watches: the picture stays what it is, bit for bit
     """
 
     execute: Callable
@@ -34,6 +36,7 @@ class Case(NamedTuple):
     neutral: dict[str, Callable]
     reference: Callable | None = None
     refuses: tuple[str, ...] = ()
+    unseen: bool = False
 
     def acts(self, model):
         """The model with a clear effect."""
@@ -97,10 +100,20 @@ def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
 
+def capture(model, start=0.0, end=1.0):
+    return Capture.execute(model, "all", start, end)
+
+
 LEFT = torch.zeros(1, 64, 64)
 LEFT[:, :, :32] = 1
 
 EFFECTS = {
+    "ConceptNodes_Capture": Case(
+        execute=capture,
+        tells=("attentions to words are read in all steps", "stays the same"),
+        neutral={"empty window": lambda model: capture(model, 0.5, 0.5).result[0]},
+        unseen=True,
+    ),
     "ConceptNodes_MaskedLoRA": Case(
         execute=masked,
         tells=("strength 0.8", "50% of the picture", "in all steps", "119 layers", "rank 2"),
@@ -168,6 +181,7 @@ PLUMBING = {
     "ConceptNodes_Filter": "encodes a text; test_filter.py holds that nothing to do is the host's own encoding, bit for bit",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
+    "ConceptNodes_Maps": "draws masks; test_maps.py holds what they are",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",
 }
 

@@ -27,6 +27,7 @@ from comfy_extras.nodes_custom_sampler import (
 from comfy_extras.nodes_perpneg import PerpNegGuider
 
 import nodes
+from concept_nodes.host import capture, dispatcher
 
 
 def wrapped(model, kind: str, wrapper):
@@ -218,7 +219,9 @@ def half_offloaded(kind="sd15"):
 
 def samples(acting, model, way=models.sample):
     out = way(acting)
-    assert not torch.equal(out, way(model)), "the node had no effect here"
+    watching = any(isinstance(effect, capture.CaptureEffect) for effect in dispatcher.attached(acting))
+    seen = watching and capture.find(out).groups
+    assert seen or not torch.equal(out, way(model)), "the node had no effect here"
 
 
 def interrupted(acting, model):
