@@ -22,6 +22,8 @@ class Family(NamedTuple):
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_layers  pattern of the modules that published sliders of the family adapt
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
+    site_blocks    class names of the modules that features are found at and steered with
+    site, site_io  of them, the one that is taken where none is named, and whether its output counts ("out") or what it adds ("diff")
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -35,6 +37,9 @@ class Family(NamedTuple):
     tokenizers: tuple[str, ...]
     slider_layers: str
     blocks: tuple[str, ...]
+    site_blocks: tuple[str, ...]
+    site: str
+    site_io: str
     slider_start: float
 
 
@@ -69,6 +74,9 @@ FAMILIES = (
         tokenizers=("l",),
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
+        site_blocks=("SpatialTransformer",),
+        site="output_blocks.4.1",
+        site_io="out",
         slider_start=0.2,
     ),
     Family(
@@ -82,6 +90,9 @@ FAMILIES = (
         tokenizers=("l", "g"),
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
+        site_blocks=("SpatialTransformer",),
+        site="output_blocks.1.1",
+        site_io="diff",
         slider_start=0.25,
     ),
     Family(
@@ -95,6 +106,9 @@ FAMILIES = (
         tokenizers=("t5xxl", "l"),
         slider_layers=FLUX_SLIDER,
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
+        site_blocks=("DoubleStreamBlock", "SingleStreamBlock"),
+        site="double_blocks.18",
+        site_io="out",
         slider_start=0.05,
     ),
 )

@@ -1,0 +1,262 @@
+"""Directions found from prompts: the mean of a site's rows with a concept less that without it, in a text encoder or while pictures are
+sampled (the baseline that sparse autoencoders have to beat; CASteer, arXiv 2503.09630, finds its own so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import comfy.sample
+import comfy.utils
+import torch
+
+from ..ops.steering import mean_difference, threshold
+from .dispatcher import Call, Effect, attach
+from .families import family_of
+from .feature_sites import checked_site, default_site, default_text_site, encoders_called, skipped, text_sites
+from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
+from .places import Place
+from .steering import _rows, everywhere
+from .text_steering import captured, score
+
+WORDS, POSITIONS = "content words", "each position"
+POOLINGS = (WORDS, POSITIONS)
+AUTO = "auto"
+AT_ONCE = 8  # pictures sampled side by side
+SAMPLER, SCHEDULER = "euler", "normal"
+
+
+class Runs(NamedTuple):
+    """How pictures are sampled for their activations. levels: at how many noise levels rows are kept; pictures: of each prompt."""
+
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    levels: int
+    pictures: int
+    seed: int
+
+
+class Found(NamedTuple):
+    """Features, and lines for the report."""
+
+    features: Features
+    report: list[str]
+
+
+def prompts_of(text: str, name: str) -> tuple[str, ...]:
+    """One prompt for each line. Raises FeaturesError where there is none."""
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not lines:
+        raise FeaturesError(f"{name} is empty. Write prompts there, one in each line: the same with the concept and without it.")
+    return lines
+
+
+def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], pooling: str, name: str) -> Found:
+    """At a block of a text encoder. Raises FeaturesError, EncoderError."""
+    site = default_text_site(clip) if site == AUTO else site
+    sites = text_sites(clip, site)
+    notes = [f"{note[0].upper()}{note[1:]}" for note in filter(None, (skipped(clip, one) for one in sites))]
+    read = {text: captured(clip, sites, clip.tokenize(text)) for text in dict.fromkeys((*positive, *negative))}
+    for text, (rows, content) in read.items():
+        if not bool(content.any()):
+            raise FeaturesError(f"The prompt '{text}' has no words. Take it out.")
+        if not bool(rows.isfinite().all()):
+            raise FeaturesError(f"{site} gives NaN or infinity for '{text}'. Load the text encoder in another type, or take another site.")
+    if pooling == POSITIONS:
+        length = min(rows.shape[1] for rows, _ in read.values())
+        means = {text: rows[0, :length] for text, (rows, _) in read.items()}
+    else:
+        means = {text: rows[content].mean(0, keepdim=True) for text, (rows, content) in read.items()}
+    with_it, without = (torch.stack([means[text] for text in side]).mean(0) for side in (positive, negative))  # (T, d) or (1, d)
+    way = with_it - without
+    unit = way.norm(dim=1)
+    there = unit > 1e-5 * with_it.norm(dim=1).clamp_min(1e-12)
+    if not bool(there.any()):
+        raise FeaturesError(f"The prompts with and without the concept are the same at {site}: there is no direction between them.")
+    way, unit, without = way[there], unit[there], without[there]
+    mean = without.mean(0)
+    directions = way / unit[:, None]
+    zero = ((without - mean) * directions).sum(1)
+    features = Features(
+        name=name,
+        family=encoders_called(site),
+        site=site,
+        io=TEXT,
+        directions=directions,
+        weights=torch.ones(len(directions)) if pooling == WORDS else torch.full((len(directions),), 1.0),
+        unit=unit,
+        mean=mean,
+        sigmas=torch.zeros(1),
+        positive=(zero + unit)[None],
+        negative=zero[None],
+        positions=there.nonzero()[:, 0] if pooling == POSITIONS else None,
+        fingerprint="+".join(fingerprint(one.module) for one in sites),
+        prompts=(tuple(positive), tuple(negative)),
+    ).checked()
+    scores = [torch.tensor([score(features, *read[text]) for text in side]) for side in (positive, negative)]
+    features = features._replace(gate=threshold(*scores))
+    apart = "They lie apart" if float(scores[0].min()) > float(scores[1].max()) else "They do not lie apart"
+    report = [
+        *notes,
+        f"Scores with the concept {_span(scores[0])}, without {_span(scores[1])}. {apart}; the gate is {features.gate:.2f}.",
+        f"The difference is {float(unit.norm() / with_it.norm(dim=1)[there].norm()):.0%} of the rows' length.",
+    ]
+    return Found(features, report)
+
+
+def _span(scores: torch.Tensor) -> str:
+    return f"{float(scores.min()):.2f} to {float(scores.max()):.2f}"
+
+
+# --- in the model -----------------------------------------------------------------------------------------------------------------
+
+
+class Tapped(NamedTuple):
+    """What is placed on a block to keep the means of its rows: `sink` takes (sigma, (pictures, d))."""
+
+    sink: Callable[[float, torch.Tensor], None]
+    io: str
+
+    @classmethod
+    def join(cls, parts: Sequence[Tapped], module, device, dtype) -> Tap:
+        return Tap(parts)
+
+
+class Tap:
+    """Means over the rows that have a share, for each picture that has any."""
+
+    def __init__(self, parts: Sequence[Tapped]):
+        self.parts = parts
+
+    def setting(self, strengths, places=(), shares=None):
+        return [sigma for _, sigma in strengths], [shares.rows[place] for place in places]
+
+    def use(self, setting) -> None:
+        self.sigmas, self.shares = setting
+
+    def __call__(self, output: Any, fresh: bool, *args, **kwargs) -> Any:
+        rows = _rows(output[0] if isinstance(output, tuple) else output).detach().float()
+        given = _rows(args[0]).detach().float() if args and args[0].ndim == 4 else None
+        for part, sigma, share in zip(self.parts, self.sigmas, self.shares, strict=True):
+            share = torch.nn.functional.pad(share, (0, rows.shape[1] - share.shape[-1])).expand(len(rows), -1)
+            counts = share.sum(1) > 0
+            x = rows - given if part.io == DIFF else rows
+            means = (x * share[..., None]).sum(1)[counts] / share.sum(1)[counts, None]
+            part.sink(sigma, means.cpu())
+        return output
+
+
+class TapEffect(Effect):
+    """Listens at one block, at some noise levels, to the rows of what is wanted."""
+
+    text = "none"
+
+    def __init__(self, module: str, part: Tapped, sigmas: Sequence[float]):
+        super().__init__("Find Direction", {module: part})
+        self.sigmas = sigmas
+        self.place = Place(everywhere, factors=lambda name: 0.0 if "negative" in name else 1.0)
+
+    def strengths(self, model_sampling) -> Callable[[Call], tuple[float, float] | float]:
+        def strength(call: Call):
+            near = [sigma for sigma in self.sigmas if abs(call.sigma - sigma) <= 1e-4 * sigma]
+            return (1.0, near[0]) if near else 0.0
+
+        return strength
+
+
+def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negative: Sequence[str], runs: Runs, name: str) -> Found:
+    """At a block of the model, while pictures of the prompts are sampled from the same noise with and without the concept. Raises
+    FeaturesError, UnsupportedFamily.
+    """
+    model = patcher.model
+    family = family_of(model)
+    site = default_site(model) if site == AUTO else site
+    io = family.site_io if io == AUTO else io
+    module = checked_site(model, site, io)
+    schedule = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), SCHEDULER, runs.steps)[:-1].tolist()
+    at = torch.linspace(0, len(schedule) - 1, min(runs.levels, len(schedule))).round().long().unique().tolist()
+    levels = [schedule[number] for number in at]
+
+    encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in ("", *positive, *negative)}
+    bar = comfy.utils.ProgressBar((len(positive) + len(negative)) * runs.pictures * runs.steps)
+    means = [_means(patcher, module, io, levels, [encoded[text] for text in side], encoded[""], runs, bar) for side in (positive, negative)]
+    if not all(bool(side.isfinite().all()) for side in means):
+        raise FeaturesError(f"{site} gives NaN or infinity while the model samples. Load the model in another type, or take another site.")
+    with_it, without = (side.mean(1) for side in means)  # (S, d)
+    try:
+        direction, lengths = mean_difference(with_it, without)
+    except ValueError as error:
+        raise FeaturesError(f"No direction was found at {site}: {error}. Write prompts that differ in the concept alone.") from None
+    mean = without.mean(0)
+    tables = [(side - mean) @ direction[:, None] for side in (with_it, without)]
+    features = Features(
+        name=name,
+        family=family.name,
+        site=site,
+        io=io,
+        directions=direction[None],
+        weights=torch.ones(1),
+        unit=lengths.mean().clamp_min(1e-12)[None],
+        mean=mean,
+        sigmas=torch.tensor(levels),
+        positive=tables[0],
+        negative=tables[1],
+        fingerprint=fingerprint(model.get_submodule(module)),
+        prompts=(tuple(positive), tuple(negative)),
+    ).checked()
+    cosines = torch.cosine_similarity(with_it - without, direction[None], dim=1)
+    told = ", ".join(
+        f"{sigma:.3g}: {float(cosine):.2f} ({float(length / row.norm()):.0%})"
+        for sigma, cosine, length, row in zip(levels, cosines, lengths, without, strict=True)
+    )
+    apart = [((side - mean) @ direction).T for side in means]  # (n, S)
+    right = float((apart[0].mean(1)[:, None] > apart[1].mean(1)[None]).float().mean())
+    report = [
+        f"{(len(positive) + len(negative)) * runs.pictures} pictures of {runs.steps} steps at CFG {runs.cfg:g}.",
+        f"Cosine of each noise level's own difference with the direction, and its share of the rows' length: {told}.",
+        f"A picture with the concept has more of it than one without in {right:.0%} of the pairs.",
+    ]
+    return Found(features, report)
+
+
+def _means(patcher, module: str, io: str, levels: Sequence[float], texts: Sequence, empty, runs: Runs, bar) -> torch.Tensor:
+    """(S, pictures, d) means of a block's rows in pictures of encoded texts, the same noise for the same number whatever the texts."""
+    kept: dict[float, list[torch.Tensor]] = {level: [] for level in levels}
+    listening = patcher.clone()
+    attach(listening, TapEffect(module, Tapped(lambda sigma, rows: kept[sigma].append(rows), io), levels))
+    asked = [(number, text) for number in range(runs.pictures) for text in texts]
+    down = patcher.model.latent_format.spacial_downscale_ratio
+    for batch in _alike(asked):
+        blank = torch.zeros(1, 4, runs.height // down, runs.width // down)
+        blank = comfy.sample.fix_empty_latent_channels(listening, blank)
+        noise = torch.cat([comfy.sample.prepare_noise(blank, runs.seed + number) for number, _ in batch])
+        conditions = [
+            [[torch.cat([context for context, _ in side]), _pooled([pooled for _, pooled in side])]]
+            for side in ([text for _, text in batch], [empty] * len(batch))
+        ]
+        done = bar.current
+        comfy.sample.sample(
+            listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
+            callback=lambda step, *_, done=done, n=len(batch): bar.update_absolute(done + (step + 1) * n),
+            disable_pbar=True, seed=runs.seed,
+        )  # fmt: skip
+    return torch.stack([torch.cat(kept[level]) for level in levels])
+
+
+def _pooled(found: Sequence[torch.Tensor | None]) -> dict:
+    return {} if found[0] is None else {"pooled_output": torch.cat(list(found))}
+
+
+def _alike(asked: Sequence) -> list[list]:
+    """Batches of texts of the same length, in their order."""
+    batches: list[list] = []
+    for one in asked:
+        last = batches[-1] if batches else None
+        if last and len(last) < AT_ONCE and last[0][1][0].shape == one[1][0].shape:
+            last.append(one)
+        else:
+            batches.append([one])
+    return batches
