@@ -20,8 +20,8 @@ from .places import Place
 from .steering import _rows, everywhere
 from .text_steering import captured, score
 
-WORDS, POSITIONS = "content words", "each position"
-POOLINGS = (WORDS, POSITIONS)
+WORDS, ROWS, POSITIONS = "content words", "all rows", "each position"
+POOLINGS = (WORDS, ROWS, POSITIONS)
 AUTO = "auto"
 AT_ONCE = 8  # pictures sampled side by side
 SAMPLER, SCHEDULER = "euler", "normal"
@@ -68,6 +68,8 @@ def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], p
     if pooling == POSITIONS:
         length = min(rows.shape[1] for rows, _ in read.values())
         means = {text: rows[0, :length] for text, (rows, _) in read.items()}
+    elif pooling == ROWS:
+        means = {text: rows[:, 1:].mean((0, 1))[None] for text, (rows, _) in read.items()}
     else:
         means = {text: rows[content].mean(0, keepdim=True) for text, (rows, content) in read.items()}
     with_it, without = (torch.stack([means[text] for text in side]).mean(0) for side in (positive, negative))  # (T, d) or (1, d)
@@ -86,7 +88,7 @@ def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], p
         site=site,
         io=TEXT,
         directions=directions,
-        weights=torch.ones(len(directions)) if pooling == WORDS else torch.full((len(directions),), 1.0),
+        weights=torch.ones(len(directions)),
         unit=unit,
         mean=mean,
         sigmas=torch.zeros(1),

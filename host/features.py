@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ops.steering import Directions, Scale, course
+from . import files
 
 FOLDER = "concept_features"
 OUT, DIFF, TEXT = "out", "diff", "text"
@@ -144,6 +145,18 @@ def show_folder() -> None:
     folder_paths.folder_names_and_paths.setdefault(FOLDER, ([], {".safetensors"}))
     for place in (Path(folder_paths.models_dir) / FOLDER, output_folder()):
         folder_paths.add_model_folder_path(FOLDER, str(place))
+
+
+def names() -> list[str]:
+    """Files of features, as a workflow stores them."""
+    show_folder()
+    return files.names(FOLDER)
+
+
+def path_of(name: str) -> Path:
+    """Raises MissingFile with near matches."""
+    show_folder()
+    return files.resolve(FOLDER, name)
 
 
 def output_folder() -> Path:

@@ -88,7 +88,7 @@ class Steers:
             picked = [[values[one] for one in at] for values in (self.steers, self.strengths, self.scales, shares)]
             delta = together(x, *picked).to(first.dtype)
             if first.ndim == 4:
-                delta = delta.mT.unflatten(-1, first.shape[2:]) if delta.shape[-2] > 1 else delta.mT[..., None]
+                delta = delta[:, None, None] if delta.ndim == 1 else delta.mT.unflatten(-1, first.shape[2:])
             first = first + delta
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
