@@ -239,13 +239,16 @@ def _means(patcher, module: str, io: str, levels: Sequence[float], texts: Sequen
             [[torch.cat([context for context, _ in side]), _pooled([pooled for _, pooled in side])]]
             for side in ([text for _, text in batch], [empty] * len(batch))
         ]
-        done = bar.current
         comfy.sample.sample(
             listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
-            callback=lambda step, *_, done=done, n=len(batch): bar.update_absolute(done + (step + 1) * n),
-            disable_pbar=True, seed=runs.seed,
+            callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
         )  # fmt: skip
     return torch.stack([torch.cat(kept[level]) for level in levels])
+
+
+def _advance(bar, pictures: int) -> Callable:
+    """A sampler's callback that moves a bar on by the pictures of a batch."""
+    return lambda *_: bar.update(pictures)
 
 
 def _pooled(found: Sequence[torch.Tensor | None]) -> dict:

@@ -119,7 +119,7 @@ class Effect:
         return {}
 
     def strengths(self, model_sampling) -> Callable[[Call], Strength]:
-        """The strength call by call, 0.0 for calls left exactly as they are without the effect; several numbers where its parts need to know
+        """The strength call by call, 0.0 for calls left exactly as they are without the effect; several numbers where its parts need
         more than one, such as the noise level. Asked once per run, because nodes behind the effect's own may still change the model's
         schedule."""
         raise NotImplementedError

@@ -73,8 +73,8 @@ def fitting(model, features: Features) -> str:
     name, width = checked_site(model, features.site, features.io), width_at(model, features.site)
     if features.width != width:
         raise FeaturesError(
-            f"'{features.name}' has {features.width} numbers in a row, and {features.site} of this model has {width}: it was found on a model "
-            "of another size. Find it on this one."
+            f"'{features.name}' has {features.width} numbers in a row, and {features.site} of this model has {width}: it was found on a "
+            "model of another size. Find it on this one."
         )
     return name
 
@@ -119,7 +119,7 @@ def read_last(clip, seat: Seat) -> int:
 
 
 def skipped(clip, site: TextSite) -> str | None:
-    """What to tell where clip skip leaves a site out of the context, or None. Raises FeaturesError where nothing at all would come of it."""
+    """What to tell where clip skip leaves a site out of the context, or None. Raises FeaturesError where nothing would come of it."""
     last, seat = read_last(clip, site.seat), site.seat
     if site.block <= last:
         return None

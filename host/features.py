@@ -164,7 +164,7 @@ def output_folder() -> Path:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Of the weights of a module: shapes, and some numbers of each as they lie in memory. The same checkpoint in another type has another."""
+    """Of the weights of a module: shapes, and some numbers of each as they lie in memory. In another type it has another."""
     told = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(module.state_dict().items()):
         told.update(f"{name} {tuple(weight.shape)}".encode())
@@ -180,7 +180,9 @@ def write(features: Features, path: Path) -> None:
         tensors |= {f"readers.{name}": tensor for name, tensor in features.readers._asdict().items()}
     if features.positions is not None:
         tensors["positions"] = features.positions
-    told = {key: getattr(features, key) for key in ("name", "family", "site", "io", "gate", "fingerprint", "prompts")} | {"version": VERSION}
+    told = {key: getattr(features, key) for key in ("name", "family", "site", "io", "gate", "fingerprint", "prompts")} | {
+        "version": VERSION
+    }
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -212,10 +214,12 @@ def read(path: Path) -> Features:
     except FeaturesError:
         raise
     except OSError as error:
-        raise FeaturesError(f"'{path.name}' cannot be opened ({error}). Check that it is there and may be read. It lies at {path}.") from error
+        raise FeaturesError(
+            f"'{path.name}' cannot be opened ({error}). Check that it is there and may be read. It lies at {path}."
+        ) from error
     except DAMAGED as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FeaturesError(
-            f"'{path.name}' cannot be read as concept features ({reason}). It is damaged, cut short or something else: download it again, or "
-            f"{MAKE[0].lower() + MAKE[1:]} It lies at {path}."
+            f"'{path.name}' cannot be read as concept features ({reason}). It is damaged, cut short or something else: download it again, "
+            f"or {MAKE[0].lower() + MAKE[1:]} It lies at {path}."
         ) from error

@@ -64,10 +64,7 @@ class Steers:
         places = places or [None] * len(strengths)
         return Setting(
             [torch.tensor(float(strength), device=self.device) for strength, _ in strengths],
-            [
-                Scale(*(part.to(self.device) for part in one.scale(sigma)))
-                for one, (_, sigma) in zip(self.features, strengths, strict=True)
-            ],
+            [Scale(*(part.to(self.device) for part in one.scale(sigma))) for one, (_, sigma) in zip(self.features, strengths, strict=True)],
             [None if place is None else shares.rows[place].to(self.device) for place in places],
             shares,
         )
@@ -149,7 +146,9 @@ def everywhere(height: int, width: int) -> torch.Tensor:
     return torch.ones(height, width)
 
 
-def steer_model(patcher, features: Features, steer: Steer, strength: float, *course, mask=None, side: str = COND) -> tuple[SteerEffect, str]:
+def steer_model(
+    patcher, features: Features, steer: Steer, strength: float, *course, mask=None, side: str = COND
+) -> tuple[SteerEffect, str]:
     """The effect of a steer on a MODEL, and the module that it acts on. Raises FeaturesError and UnsupportedFamily."""
     module = fitting(patcher.model, features)
     called = f"{steer.mode} '{features.name}' at {strength:g}"

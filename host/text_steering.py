@@ -24,8 +24,8 @@ SCOPES = (ALL_ROWS, BUT_FIRST, CONTENT)
 
 
 class TextSteer(NamedTuple):
-    """features and how to steer with them; scope: which rows of a prompt; gate: a prompt is left as it is, bit for bit, where its score does
-    not reach this share of the features' own gate; 0 for none.
+    """features and how to steer with them; scope: which rows of a prompt; gate: a prompt is left as it is, bit for bit, where its score
+    does not reach this share of the features' own gate; 0 for none.
     """
 
     features: Features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from comfy_api.latest import io, ui
 
@@ -158,7 +158,9 @@ class Asked(NamedTuple):
 def features_of(file: str, features: Features | None) -> Features | None:
     """From the socket, or else from the file. Raises ValueError where both are given, FeaturesError and MissingFile."""
     if features is not None and file != NONE:
-        raise ValueError(f"Both a file ('{file}') and `features` are given. Set file to '{NONE}' to use `features`, or disconnect `features`.")
+        raise ValueError(
+            f"Both a file ('{file}') and `features` are given. Set file to '{NONE}' to use `features`, or disconnect `features`."
+        )
     if features is not None:
         return features.checked()
     return None if file == NONE else host_features.read(host_features.path_of(file))
@@ -180,8 +182,12 @@ class DirectionFind(io.ComfyNode):
             search_aliases=["steering vector", "concept vector", "mean difference", "CASteer", "activation", "representation engineering"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Reads the prompts; for 'text encoder', where the direction is looked for."),
-                io.String.Input("positive", multiline=True, tooltip="Prompts with the concept, one in each line. A dozen is better than two."),
-                io.String.Input("negative", multiline=True, tooltip="The same prompts without it, line by line, or with something else instead."),
+                io.String.Input(
+                    "positive", multiline=True, tooltip="Prompts with the concept, one in each line. A dozen is better than two."
+                ),
+                io.String.Input(
+                    "negative", multiline=True, tooltip="The same prompts without it, line by line, or with something else instead."
+                ),
                 io.Combo.Input(
                     "where",
                     options=[IN_TEXT, IN_MODEL],
@@ -192,8 +198,8 @@ class DirectionFind(io.ComfyNode):
                     "site",
                     default=AUTO,
                     tooltip=(
-                        "The block: clip_l.9 in a text encoder, output_blocks.4.1 or double_blocks.18 in a model. 'auto' takes the family's "
-                        "own; a name that is not there lists those that are."
+                        "The block: clip_l.9 in a text encoder, output_blocks.4.1 or double_blocks.18 in a model. 'auto' takes the "
+                        "family's own; a name that is not there lists those that are."
                     ),
                 ),
                 io.String.Input(
@@ -207,17 +213,22 @@ class DirectionFind(io.ComfyNode):
                     options=list(POOLINGS),
                     default=WORDS,
                     optional=True,
-                    tooltip="'text encoder': one direction from the mean of the words, or one for each position of the prompt.",
+                    tooltip=(
+                        "'text encoder': one direction from the mean of the words (things, colours), one from the mean of all rows but the "
+                        "first (styles and moods, which the rows behind the words carry), or one for each position."
+                    ),
                 ),
                 io.Combo.Input(
-                    "io",
+                    "activations",
                     options=[AUTO, *(kind for kind in KINDS if kind != TEXT)],
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="'model': of what the block gives (out), or of what it adds to what it was given (diff). auto: the family's own.",
+                    tooltip="'model': what the block gives (out), or what it adds to what it was given (diff). auto: the family's own.",
                 ),
-                io.Int.Input("width", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': width of the pictures sampled."),
+                io.Int.Input(
+                    "width", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': width of the pictures sampled."
+                ),
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': their height."),
                 io.Int.Input("steps", default=12, min=1, max=200, optional=True, tooltip="'model': steps of sampling, by Euler."),
                 io.Float.Input(
@@ -228,21 +239,29 @@ class DirectionFind(io.ComfyNode):
                 ),
                 io.Int.Input("pictures", default=2, min=1, max=64, optional=True, tooltip="'model': pictures of each prompt."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, optional=True, tooltip="The same seed, the same file."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="The same seed, the same file.",
                 ),
             ],
             outputs=[
                 io.Custom(CONCEPT_FEATURES).Output("features", display_name="features", tooltip="For Steer Text or Steer Model."),
-                io.String.Output("report", display_name="report", tooltip="Where it was found, how well it tells the prompts apart, the file."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Where it was found, how well it tells the prompts apart, the file."
+                ),
             ],
             has_intermediate_output=True,
         )
 
     @classmethod
     def execute(
-        cls, clip, positive, negative, where, site, file_name, model=None, pooling=WORDS, io=AUTO, width=512, height=512, steps=12, cfg=4.0,
-        levels=4, pictures=2, seed=0,
-    ) -> Any:  # fmt: skip
+        cls, clip, positive, negative, where, site, file_name, model=None, pooling=WORDS, activations=AUTO, width=512, height=512, steps=12,
+        cfg=4.0, levels=4, pictures=2, seed=0,
+    ) -> io.NodeOutput:  # fmt: skip
         if clip is None:
             raise FeaturesError("clip is empty: this checkpoint has no text encoder. Connect a CLIP loader.")
         sides = prompts_of(positive, "positive"), prompts_of(negative, "negative")
@@ -255,14 +274,10 @@ class DirectionFind(io.ComfyNode):
                 raise FeaturesError("Nothing is connected to model. Connect it, or look for the direction in the text encoder.")
             if not math.isfinite(cfg):
                 raise ValueError(f"cfg is {cfg}, which is no number to work with. Set it to a finite number.")
-            found = in_model(model, clip, site, io, *sides, Runs(width, height, steps, cfg, levels, pictures, seed), name)
+            found = in_model(model, clip, site, activations, *sides, Runs(width, height, steps, cfg, levels, pictures, seed), name)
         told = f"{len(sides[0])} prompts with the concept, {len(sides[1])} without."
         report = "\n".join([found.features.describe(), told, *found.report, *saved(found.features, stem)])
-        return node_output(found.features, report)
-
-
-def node_output(features: Features, report: str) -> Any:
-    return io.NodeOutput(features, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(found.features, report, ui=ui.PreviewText(report))
 
 
 def name_of(positive: tuple[str, ...], negative: tuple[str, ...]) -> str:
@@ -317,7 +332,9 @@ class SteerText(OfFeatures):
             ),
             search_aliases=["steering vector", "concept steerer", "SAE", "text encoder", "erase concept", "ItD", "activation addition"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoder to steer. It is not changed: the outputs are copies that act while they encode."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoder to steer. It is not changed: the outputs are copies that act while they encode."
+                ),
                 *required,
                 strength_input(),
                 mode_input(),
@@ -325,7 +342,7 @@ class SteerText(OfFeatures):
                     "tokens",
                     options=list(SCOPES),
                     default=BUT_FIRST,
-                    tooltip="Which rows of a prompt are steered: all, all but the first (which marks the beginning and is much the same in all), or the words.",
+                    tooltip="Which rows of a prompt are steered: all, all but the first (it only marks the beginning), or the words.",
                 ),
                 io.Float.Input(
                     "gate",

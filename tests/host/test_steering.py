@@ -3,7 +3,6 @@
 import types
 
 import cases
-import comfy.sd
 import models
 import pytest
 import sampling
@@ -19,20 +18,16 @@ import nodes
 from concept_nodes.host import features as host_features
 from concept_nodes.host import lab, run_record
 from concept_nodes.host.directions import AUTO, POSITIONS, WORDS, Runs, in_model, in_text
-from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.encoders import seats
 from concept_nodes.host.feature_sites import checked_site, default_site, default_text_site, model_sites, read_last, text_sites, width_at
 from concept_nodes.host.features import Features, FeaturesError
-from concept_nodes.host.places import Place
 from concept_nodes.host.regions import Hung, Regions
-from concept_nodes.host.steering import SteerEffect, Steers
-from concept_nodes.host.text_steering import ALL_ROWS, BUT_FIRST, CONTENT, TextSteer, captured, score, scope_of, steered
-from concept_nodes.lab.eye import Eye
-from concept_nodes.lab.measure import draw
+from concept_nodes.host.steering import Steers
+from concept_nodes.host.text_steering import ALL_ROWS, BUT_FIRST, CONTENT, TextSteer, captured, scope_of, steered
 from concept_nodes.nodes.regions import RegionsApply
 from concept_nodes.nodes.steering import DirectionFind, SteerText, name_of
 from concept_nodes.ops.regions import Region
-from concept_nodes.ops.steering import ABLATE, ADD, CLAMP, MODES, SCALE, Scale, Steer
+from concept_nodes.ops.steering import ABLATE, ADD, CLAMP, MODES, SCALE, Steer
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 CLIPS = [kind for kind in text_encoders.KINDS if kind != "sd3"]
@@ -92,8 +87,8 @@ def test_single_blocks_steer_the_picture_and_not_the_prompt():
     moved = (after - before).abs().sum(-1)
     tokens = models.conditioning(model, 10)[0][0].shape[1]
     assert not moved[:, :tokens].any()
-    picture = moved[:, tokens:].chunk(2)
-    assert sorted(bool(half.any()) for half in picture) == [False, True] and all(bool((half > 0).all()) or not half.any() for half in picture)
+    quiet, loud = sorted(moved[:, tokens:].chunk(2), key=lambda half: float(half.sum()))
+    assert not quiet.any() and bool((loud > 0).all())
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -239,10 +234,13 @@ def test_beside_regions_with_prompts_of_their_own():
     regional = RegionsApply.execute(model, [], [], listed).result[0]
     lengths = {}
     for name, one in (("regions", regional), ("both", cases.put_steer(regional, mask=torch.eye(64)[None].tril(8)))):
-        seen = []
-        watched = sampling.wrapped(one, WrappersMP.DIFFUSION_MODEL, lambda executor, *args, seen=seen, **kw: seen.append(args) or executor(*args, **kw))
-        models.sample(watched)
-        lengths[name] = [arg.shape for args in seen for arg in args if isinstance(arg, torch.Tensor)]
+        shapes = lengths[name] = []
+
+        def watch(executor, *args, shapes=shapes, **kwargs):
+            shapes += [arg.shape for arg in args if isinstance(arg, torch.Tensor)]
+            return executor(*args, **kwargs)
+
+        models.sample(sampling.wrapped(one, WrappersMP.DIFFUSION_MODEL, watch))
     assert lengths["regions"] == lengths["both"]
     assert not torch.equal(models.sample(regional), models.sample(cases.put_steer(regional)))
 
@@ -737,7 +735,7 @@ def texts_of(kind):
             return text
 
         def encode_from_tokens(self, text, return_pooled=True):
-            (context, options), = models.conditioning(model, 100 + sum(map(ord, text)))
+            ((context, options),) = models.conditioning(model, 100 + sum(map(ord, text)))
             return context, options.get("pooled_output")
 
     return Clip()

@@ -188,7 +188,8 @@ class TestIdentity:
 
 def test_tables_go_by_noise_level_in_straight_lines_of_its_logarithm():
     sigmas, table = torch.tensor([10.0, 1.0, 0.1]), torch.tensor([[1.0, 0], [3.0, 6], [7.0, 0]])
-    for sigma, expected in ((50, [1, 0]), (10, [1, 0]), (math.sqrt(10), [2, 3]), (1, [3, 6]), (10**-0.5, [5, 3]), (0.01, [7, 0]), (0, [7, 0])):
+    levels = {50: [1, 0], 10: [1, 0], math.sqrt(10): [2, 3], 1: [3, 6], 10**-0.5: [5, 3], 0.01: [7, 0], 0: [7, 0]}
+    for sigma, expected in levels.items():
         torch.testing.assert_close(course(sigmas, table, float(sigma)), torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-5)
     assert torch.equal(course(torch.zeros(1), table[:1], 3.0), table[0])
 
