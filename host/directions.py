@@ -4,7 +4,7 @@ sampled (the baseline that sparse autoencoders have to beat; CASteer, arXiv 2503
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -14,7 +14,7 @@ import torch
 from ..ops.steering import mean_difference, threshold
 from .dispatcher import Call, Effect, attach
 from .families import family_of
-from .feature_sites import checked_site, default_site, default_text_site, encoders_called, skipped, text_sites
+from .feature_sites import AUTO, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 from .places import Place
 from .steering import _rows, everywhere
@@ -22,7 +22,6 @@ from .text_steering import captured, score
 
 WORDS, ROWS, POSITIONS = "content words", "all rows", "each position"
 POOLINGS = (WORDS, ROWS, POSITIONS)
-AUTO = "auto"
 AT_ONCE = 8  # pictures sampled side by side
 SAMPLER, SCHEDULER = "euler", "normal"
 
@@ -152,12 +151,12 @@ class Tap:
 
 
 class TapEffect(Effect):
-    """Listens at one block, at some noise levels, to the rows of what is wanted."""
+    """Listens at some noise levels to the rows of what is wanted."""
 
     text = "none"
 
-    def __init__(self, module: str, part: Tapped, sigmas: Sequence[float]):
-        super().__init__("Find Direction", {module: part})
+    def __init__(self, parts: Mapping[str, Tapped], sigmas: Sequence[float]):
+        super().__init__("Find Direction", parts)
         self.sigmas = sigmas
         self.place = Place(everywhere, factors=lambda name: 0.0 if "negative" in name else 1.0)
 
@@ -170,65 +169,61 @@ class TapEffect(Effect):
 
 
 def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negative: Sequence[str], runs: Runs, name: str) -> Found:
-    """At a block of the model, while pictures of the prompts are sampled from the same noise with and without the concept. Raises
+    """At blocks or layers of the model, while pictures of the prompts are sampled from the same noise with and without the concept. Raises
     FeaturesError, UnsupportedFamily.
     """
-    model = patcher.model
-    family = family_of(model)
-    site = default_site(model) if site == AUTO else site
-    io = family.site_io if io == AUTO else io
-    module = checked_site(model, site, io)
+    sites = model_sites(patcher.model, site)
+    modules = [checked_site(patcher.model, one, io) for one in sites]
     schedule = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), SCHEDULER, runs.steps)[:-1].tolist()
     at = torch.linspace(0, len(schedule) - 1, min(runs.levels, len(schedule))).round().long().unique().tolist()
     levels = [schedule[number] for number in at]
 
     encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in ("", *positive, *negative)}
     bar = comfy.utils.ProgressBar((len(positive) + len(negative)) * runs.pictures * runs.steps)
-    means = [_means(patcher, module, io, levels, [encoded[text] for text in side], encoded[""], runs, bar) for side in (positive, negative)]
-    if not all(bool(side.isfinite().all()) for side in means):
-        raise FeaturesError(f"{site} gives NaN or infinity while the model samples. Load the model in another type, or take another site.")
-    with_it, without = (side.mean(1) for side in means)  # (S, d)
-    try:
-        direction, lengths = mean_difference(with_it, without)
-    except ValueError as error:
-        raise FeaturesError(f"No direction was found at {site}: {error}. Write prompts that differ in the concept alone.") from None
-    mean = without.mean(0)
-    tables = [(side - mean) @ direction[:, None] for side in (with_it, without)]
-    features = Features(
-        name=name,
-        family=family.name,
-        site=site,
-        io=io,
-        directions=direction[None],
-        weights=torch.ones(1),
-        unit=lengths.mean().clamp_min(1e-12)[None],
-        mean=mean,
-        sigmas=torch.tensor(levels),
-        positive=tables[0],
-        negative=tables[1],
-        fingerprint=fingerprint(model.get_submodule(module)),
-        prompts=(tuple(positive), tuple(negative)),
-    ).checked()
-    cosines = torch.cosine_similarity(with_it - without, direction[None], dim=1)
-    told = ", ".join(
-        f"{sigma:.3g}: {float(cosine):.2f} ({float(length / row.norm()):.0%})"
-        for sigma, cosine, length, row in zip(levels, cosines, lengths, without, strict=True)
-    )
-    apart = [((side - mean) @ direction).T for side in means]  # (n, S)
-    right = float((apart[0].mean(1)[:, None] > apart[1].mean(1)[None]).float().mean())
+    texts = [[encoded[text] for text in side] for side in (positive, negative)]
+    sides = [_means(patcher, modules, io, levels, side, encoded[""], runs, bar) for side in texts]
+    prompts = tuple(positive), tuple(negative)
+    found, right = [], {}
+    for one, module in zip(sites, modules, strict=True):
+        features, right[one] = _between(one, *(side[module] for side in sides))
+        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.get_submodule(module))
+        found.append(
+            features._replace(name=name, family=family, io=io, sigmas=torch.tensor(levels), fingerprint=printed, prompts=prompts).checked()
+        )
+    worst = min(right, key=right.get)
+    told = f", least at {worst} ({right[worst]:.0%})" if len(right) > 1 else ""
     report = [
         f"{(len(positive) + len(negative)) * runs.pictures} pictures of {runs.steps} steps at CFG {runs.cfg:g}.",
-        f"Cosine of each noise level's own difference with the direction, and its share of the rows' length: {told}.",
-        f"A picture with the concept has more of it than one without in {right:.0%} of the pairs.",
+        f"It tells pictures with the concept from those without in {sum(right.values()) / len(right):.0%} of the pairs{told}.",
     ]
-    return Found(features, report)
+    return Found(found[0]._replace(more=tuple(found[1:])), report)
 
 
-def _means(patcher, module: str, io: str, levels: Sequence[float], texts: Sequence, empty, runs: Runs, bar) -> torch.Tensor:
-    """(S, pictures, d) means of a block's rows in pictures of encoded texts, the same noise for the same number whatever the texts."""
-    kept: dict[float, list[torch.Tensor]] = {level: [] for level in levels}
+def _between(site: str, with_it: torch.Tensor, without: torch.Tensor) -> tuple[Features, float]:
+    """Features of one site from means (S, pictures, d) of its rows, and in what share of the pairs they tell the two sides apart."""
+    if not bool(with_it.isfinite().all() and without.isfinite().all()):
+        raise FeaturesError(f"{site} gives NaN or infinity while the model samples. Load the model in another type, or take another site.")
+    means = with_it.mean(1), without.mean(1)
+    try:
+        direction, lengths = mean_difference(*means)
+    except ValueError as error:
+        raise FeaturesError(f"No direction was found at {site}: {error}. Write prompts that differ in the concept alone.") from None
+    mean = means[1].mean(0)
+    positive, negative = ((side - mean) @ direction[:, None] for side in means)
+    unit = lengths.mean().clamp_min(1e-12)[None]
+    none = torch.zeros(len(lengths))
+    features = Features("", "", site, "", direction[None], torch.ones(1), unit, mean, none, positive, negative)
+    of = [((side - mean) @ direction).mean(0) for side in (with_it, without)]
+    return features, float((of[0][:, None] > of[1][None]).float().mean())
+
+
+def _means(
+    patcher, modules: Sequence[str], io: str, levels: Sequence[float], texts: Sequence, empty, runs: Runs, bar
+) -> dict[str, torch.Tensor]:
+    """(S, pictures, d) means of each module's rows in pictures of encoded texts, the same noise for the same number whatever the texts."""
+    kept: dict[str, dict[float, list[torch.Tensor]]] = {module: {level: [] for level in levels} for module in modules}
     listening = patcher.clone()
-    attach(listening, TapEffect(module, Tapped(lambda sigma, rows: kept[sigma].append(rows), io), levels))
+    attach(listening, TapEffect({module: Tapped(_keep(kept[module]), io) for module in modules}, levels))
     asked = [(number, text) for number in range(runs.pictures) for text in texts]
     down = patcher.model.latent_format.spacial_downscale_ratio
     for batch in _alike(asked):
@@ -243,7 +238,11 @@ def _means(patcher, module: str, io: str, levels: Sequence[float], texts: Sequen
             listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
             callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
         )  # fmt: skip
-    return torch.stack([torch.cat(kept[level]) for level in levels])
+    return {module: torch.stack([torch.cat(found[level]) for level in levels]) for module, found in kept.items()}
+
+
+def _keep(kept: dict[float, list[torch.Tensor]]) -> Callable[[float, torch.Tensor], None]:
+    return lambda sigma, rows: kept[sigma].append(rows)
 
 
 def _advance(bar, pictures: int) -> Callable:

@@ -371,13 +371,14 @@ class Run:
             self._tell(strengths, told[1], active, call)
             self._told = told
         self._open.append((self._key, self._acts, told, active, call))
+        # Those that compute a module anew lie below those that change what it gives.
         layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
         kept = self._texts_stay(call)
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
                 act.of = None if kept is None else (kept, told[1])
-        return layers + [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around]
+        return [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around] + layers
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
         """A call's keyword arguments, with the prompt that is read instead of its own."""

@@ -22,8 +22,9 @@ class Family(NamedTuple):
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_layers  pattern of the modules that published sliders of the family adapt
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
-    site_blocks    class names of the modules that features are found at and steered with
-    site, site_io  of them, the one that is taken where none is named, and whether its output counts ("out") or what it adds ("diff")
+    site_blocks    class names of the blocks that features may lie at
+    site_layers    pattern of layers that they may lie at as well
+    site           of both, what is taken where none is named: one, or all of a kind of layer
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -38,8 +39,8 @@ class Family(NamedTuple):
     slider_layers: str
     blocks: tuple[str, ...]
     site_blocks: tuple[str, ...]
+    site_layers: str
     site: str
-    site_io: str
     slider_start: float
 
 
@@ -54,7 +55,10 @@ UNET_LAYERS = {
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
 # "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
 UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+CROSS_ATTENTION = "cross-attention"
+UNET_SITES = r"\.attn2$"
 UNET_BLOCKS = ("ResBlock", "BasicTransformerBlock")
+FLUX_SITES = r"\.img_attn\.proj$|^single_blocks\.\d+\.linear2$"
 FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
@@ -75,8 +79,8 @@ FAMILIES = (
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
         site_blocks=("SpatialTransformer",),
-        site="output_blocks.4.1",
-        site_io="out",
+        site_layers=UNET_SITES,
+        site=CROSS_ATTENTION,
         slider_start=0.2,
     ),
     Family(
@@ -91,8 +95,8 @@ FAMILIES = (
         slider_layers=UNET_SLIDER,
         blocks=UNET_BLOCKS,
         site_blocks=("SpatialTransformer",),
-        site="output_blocks.1.1",
-        site_io="diff",
+        site_layers=UNET_SITES,
+        site=CROSS_ATTENTION,
         slider_start=0.25,
     ),
     Family(
@@ -107,8 +111,8 @@ FAMILIES = (
         slider_layers=FLUX_SLIDER,
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         site_blocks=("DoubleStreamBlock", "SingleStreamBlock"),
+        site_layers=FLUX_SITES,
         site="double_blocks.18",
-        site_io="out",
         slider_start=0.05,
     ),
 )

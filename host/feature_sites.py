@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
 
 from .encoders import Seat, seats
-from .families import Family, family_of
+from .families import CROSS_ATTENTION, Family, family_of
 from .features import DIFF, TEXT, Features, FeaturesError
 
+AUTO, ALL_LAYERS = "auto", "all layers"
 NETWORK = "diffusion_model."
 ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5xxl": "T5-XXL"}
 DEFAULT_TEXT = 0.75  # of an encoder's depth: Concept Steerers (arXiv 2501.19066) steers at layers 9 to 11 of 12, and 23 of 24
@@ -27,30 +29,46 @@ class TextSite(NamedTuple):
 # --- the model --------------------------------------------------------------------------------------------------------------------
 
 
-def model_sites(model) -> list[str]:
-    """Names of a host model's sites, in the order in which the network runs. Raises UnsupportedFamily."""
-    family = family_of(model)
-    return [name for name, module in model.diffusion_model.named_modules() if type(module).__name__ in family.site_blocks]
+def blocks(model) -> list[str]:
+    """Names of a host model's blocks that features may lie at, in the order in which the network runs. Raises UnsupportedFamily."""
+    kinds = family_of(model).site_blocks
+    return [name for name, module in model.diffusion_model.named_modules() if type(module).__name__ in kinds]
 
 
-def default_site(model) -> str:
-    """The family's own site, or the middle one of a model that is too small to have it."""
-    names = model_sites(model)
-    return family_of(model).site if family_of(model).site in names else names[len(names) // 2]
+def layers(model) -> list[str]:
+    """Names of its layers that features may lie at. Raises UnsupportedFamily."""
+    pattern = family_of(model).site_layers
+    return [name for name, _ in model.diffusion_model.named_modules() if re.search(pattern, name)]
+
+
+def model_sites(model, text: str) -> list[str]:
+    """The sites that a text names: AUTO, the family's own; ALL_LAYERS or "cross-attention", all layers that there are; names, joined by
+    "+". Raises UnsupportedFamily.
+    """
+    own = family_of(model).site
+    if text == AUTO:
+        # A model that is too small to have its family's own site has one in the middle.
+        text = own if own in (CROSS_ATTENTION, *blocks(model)) else blocks(model)[len(blocks(model)) // 2]
+    return layers(model) if text in (ALL_LAYERS, CROSS_ATTENTION) else [one.strip() for one in text.split("+")]
 
 
 def width_at(model, site: str) -> int:
     """Numbers in a row at a site."""
     module = model.diffusion_model.get_submodule(site)
-    return module.in_channels if hasattr(module, "in_channels") else module.hidden_size
+    if hasattr(module, "to_out"):
+        module = module.to_out[0]
+    return next(getattr(module, name) for name in ("out_features", "hidden_size", "in_channels") if hasattr(module, name))
 
 
 def checked_site(model, site: str, io: str) -> str:
     """The name of a site's module from the host's BaseModel. Raises FeaturesError that lists the sites."""
     family = family_of(model)
-    names = model_sites(model)
-    if site not in names:
-        raise FeaturesError(f"This model ({family.name}) has no site '{site}'. Its sites are {', '.join(names)}.")
+    if site not in blocks(model) + layers(model):
+        several = f"'{ALL_LAYERS}'" if family.site != CROSS_ATTENTION else f"'{CROSS_ATTENTION}'"
+        there = f"{', '.join(blocks(model))}; {several} stands for {len(layers(model))} layers, the first of which is {layers(model)[0]}"
+        raise FeaturesError(f"This model ({family.name}) has no site '{site}'. Its sites are {there}.")
+    if io == DIFF and site in layers(model):
+        raise FeaturesError(f"{site} is a layer whose output is what it adds: take 'out'.")
     if io == DIFF and not writes_apart(family):
         raise FeaturesError(
             f"The blocks of {family.name} write their output over their input, so that what they add ('{DIFF}') cannot be told. Take 'out'."
@@ -64,7 +82,7 @@ def writes_apart(family: Family) -> bool:
 
 
 def fitting(model, features: Features) -> str:
-    """The name of the module that features steer. Raises FeaturesError where they are not for this model, and UnsupportedFamily."""
+    """The name of the module that features of one site steer. Raises FeaturesError where they are not for it, and UnsupportedFamily."""
     family = family_of(model)
     if features.io == TEXT:
         raise FeaturesError(f"'{features.name}' is for a text encoder ({features.site}): connect it to Steer Text.")
@@ -131,6 +149,8 @@ def skipped(clip, site: TextSite) -> str | None:
 
 def fitting_text(clip, features: Features) -> list[TextSite]:
     """The blocks that features steer. Raises FeaturesError where they are not for this CLIP."""
+    if features.more:
+        raise FeaturesError(f"'{features.name}' lie at {len(features.more) + 1} sites. In text encoders, join sites by '+'.")
     if features.io != TEXT:
         raise FeaturesError(f"'{features.name}' is for the model ({features.site}): connect it to Steer Model.")
     found = text_sites(clip, features.site)

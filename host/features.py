@@ -21,6 +21,8 @@ OUT, DIFF, TEXT = "out", "diff", "text"
 KINDS = (OUT, DIFF, TEXT)
 HEADER = "concept_features"
 VERSION = 1
+NUMBERS = ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")
+WORDS = ("name", "family", "site", "io", "gate", "fingerprint", "prompts")
 SAMPLE = 64  # numbers of each weight that a fingerprint reads
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -58,6 +60,7 @@ class Features(NamedTuple):
     gate         score that separates the texts it was found on; None where there is none
     fingerprint  of the model's weights at the site
     prompts      (with, without) the concept
+    more         features of the same concept at further sites, which have none of their own
     """
 
     name: str
@@ -76,6 +79,7 @@ class Features(NamedTuple):
     gate: float | None = None
     fingerprint: str = ""
     prompts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    more: tuple[Features, ...] = ()
 
     @property
     def width(self) -> int:
@@ -101,7 +105,13 @@ class Features(NamedTuple):
                 raise FeaturesError(f"{self._called} hold NaN or infinity in {name}. {MAKE}")
         if not levels or self.io not in KINDS or not self.site:
             raise FeaturesError(f"{self._called} do not say where they belong (site '{self.site}', io '{self.io}'). {MAKE}")
+        for one in self.more:
+            one.checked()
         return self
+
+    def each(self) -> list[Features]:
+        """One for each site."""
+        return [self._replace(more=()), *self.more]
 
     @property
     def _called(self) -> str:
@@ -134,7 +144,8 @@ class Features(NamedTuple):
         kind = "directions" if self.readers is None else "latents"
         count = f"{len(self.directions)} {kind if len(self.directions) > 1 else kind[:-1]}"
         levels = f", {len(self.sigmas)} noise levels" if len(self.sigmas) > 1 else ""
-        return f"'{self.name}': {count} of {self.width} numbers at {self.site} ({self.io}) of {self.family}{levels}."
+        more = f" and at {len(self.more)} more sites" if self.more else ""
+        return f"'{self.name}': {count} of {self.width} numbers at {self.site} ({self.io}) of {self.family}{more}{levels}."
 
 
 MAKE = "Make them anew with Find Direction."
@@ -173,16 +184,30 @@ def fingerprint(module: torch.nn.Module) -> str:
     return told.hexdigest()
 
 
-def write(features: Features, path: Path) -> None:
-    """As safetensors; a file that is there is only replaced by a whole one. Raises OSError."""
-    tensors = {key: getattr(features, key) for key in ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")}
+def _tensors(features: Features) -> dict[str, torch.Tensor]:
+    """Of one site, by the names that they have in a file."""
+    tensors = {key: getattr(features, key) for key in NUMBERS}
     if features.readers is not None:
         tensors |= {f"readers.{name}": tensor for name, tensor in features.readers._asdict().items()}
     if features.positions is not None:
         tensors["positions"] = features.positions
-    told = {key: getattr(features, key) for key in ("name", "family", "site", "io", "gate", "fingerprint", "prompts")} | {
-        "version": VERSION
-    }
+    return tensors
+
+
+def _of(told: dict, tensors: dict[str, torch.Tensor]) -> Features:
+    """The reverse, with what a file says in words."""
+    readers = None
+    if "readers.rows" in tensors:
+        readers = Readers(*(tensors.pop(f"readers.{name}").float() for name in Readers._fields))
+    tensors = {key: tensor.long() if key == "positions" else tensor.float() for key, tensor in tensors.items()}
+    prompts = tuple(tuple(map(str, side)) for side in told["prompts"])
+    return Features(**(told | {"prompts": prompts}), **tensors, readers=readers)
+
+
+def write(features: Features, path: Path) -> None:
+    """As safetensors; a file that is there is only replaced by a whole one. Raises OSError."""
+    tensors = {f"{at}.{key}": tensor for at, one in enumerate(features.each()) for key, tensor in _tensors(one).items()}
+    told = {"version": VERSION, "sites": [{key: getattr(one, key) for key in WORDS} for one in features.each()]}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -204,13 +229,12 @@ def read(path: Path) -> Features:
             raise FeaturesError(f"'{path.name}' holds tensors, but no concept features. Choose a file that Find Direction wrote.")
         if told.get("version", 0) > VERSION:
             raise FeaturesError(f"'{path.name}' was written by a newer Concept Nodes. Update this one.")
-        readers = None
-        if "readers.rows" in tensors:
-            readers = Readers(*(tensors.pop(f"readers.{name}").float() for name in Readers._fields))
-        tensors = {key: tensor.long() if key == "positions" else tensor.float() for key, tensor in tensors.items()}
-        told.pop("version", None)
-        prompts = tuple(tuple(map(str, side)) for side in told.pop("prompts"))
-        return Features(**told, **tensors, readers=readers, prompts=prompts).checked()
+        by_site: list[dict[str, torch.Tensor]] = [{} for _ in told["sites"]]
+        for key, tensor in tensors.items():
+            site, _, name = key.partition(".")
+            by_site[int(site)][name] = tensor
+        first, *more = (_of(*one) for one in zip(told["sites"], by_site, strict=True))
+        return first._replace(more=tuple(more)).checked()
     except FeaturesError:
         raise
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ..ops.shares import Shares
 from ..ops.steering import Scale, Steer, together
 from .dispatcher import Call, Effect, Strength
 from .feature_sites import fitting
-from .features import DIFF, Features
+from .features import DIFF, Features, FeaturesError
 from .places import Place
 from .window import course
 
@@ -114,9 +114,7 @@ class SteerEffect(Effect):
     def __init__(
         self,
         name: str,
-        module: str,
-        features: Features,
-        steer: Steer,
+        parts: Mapping[str, Steered],
         strength: float,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
@@ -124,9 +122,9 @@ class SteerEffect(Effect):
         mask: torch.Tensor | None = None,
         side: str = COND,
     ):
-        super().__init__(name, {module: Steered(features, steer)})
+        super().__init__(name, parts)
         self.strength, self.course = strength, (start_percent, end_percent, schedule)
-        self.mapped = len(features.sigmas) > 1
+        self.mapped = any(len(part.features.sigmas) > 1 for part in parts.values())
         negative = NEGATIVE[side]
         # A guider's own entries have no name: they count as what is wanted, for a steer that does not act is worse.
         self.place = Place(everywhere if mask is None else mask, factors=lambda name: negative if "negative" in name else 1.0)
@@ -147,9 +145,11 @@ def everywhere(height: int, width: int) -> torch.Tensor:
 
 
 def steer_model(
-    patcher, features: Features, steer: Steer, strength: float, *course, mask=None, side: str = COND
-) -> tuple[SteerEffect, str]:
-    """The effect of a steer on a MODEL, and the module that it acts on. Raises FeaturesError and UnsupportedFamily."""
-    module = fitting(patcher.model, features)
-    called = f"{steer.mode} '{features.name}' at {strength:g}"
-    return SteerEffect(called, module, features, steer, strength, *course, mask=mask, side=side), module
+    patcher, features: Features, how: Callable[[Features], Steer], strength: float, *course, mask=None, side: str = COND
+) -> SteerEffect:
+    """The effect of features on a MODEL; `how` to steer with those of each site. Raises FeaturesError and UnsupportedFamily."""
+    parts = {fitting(patcher.model, one): Steered(one, how(one)) for one in features.each()}
+    if len(parts) <= len(features.more):
+        raise FeaturesError(f"'{features.name}' names one site twice. Take one of the two out.")
+    called = f"{next(iter(parts.values())).steer.mode} '{features.name}' at {strength:g}"
+    return SteerEffect(called, parts, strength, *course, mask=mask, side=side)

@@ -10,11 +10,11 @@ from comfy_api.latest import io, ui
 
 from ..host import features as host_features
 from ..host import files
-from ..host.directions import AUTO, POOLINGS, WORDS, Runs, in_model, in_text, prompts_of
+from ..host.directions import POOLINGS, WORDS, Runs, in_model, in_text, prompts_of
 from ..host.dispatcher import attach
 from ..host.families import family_of
-from ..host.feature_sites import NETWORK, fitting_text, skipped
-from ..host.features import FOLDER, KINDS, TEXT, Features, FeaturesError, fingerprint, output_folder
+from ..host.feature_sites import AUTO, fitting_text, skipped
+from ..host.features import FOLDER, KINDS, OUT, TEXT, Features, FeaturesError, fingerprint, output_folder
 from ..host.steering import COND, SIDES, steer_model
 from ..host.text_steering import BUT_FIRST, SCOPES, TextSteer, steered
 from ..ops.schedule import Schedule
@@ -198,8 +198,8 @@ class DirectionFind(io.ComfyNode):
                     "site",
                     default=AUTO,
                     tooltip=(
-                        "The block: clip_l.9 in a text encoder, output_blocks.4.1 or double_blocks.18 in a model. 'auto' takes the "
-                        "family's own; a name that is not there lists those that are."
+                        "Where inside: clip_l.9 in a text encoder; cross-attention, all layers, output_blocks.4.1, double_blocks.18 in a "
+                        "model. 'auto' takes the family's own; a name that is not there lists those that are."
                     ),
                 ),
                 io.String.Input(
@@ -220,11 +220,11 @@ class DirectionFind(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "activations",
-                    options=[AUTO, *(kind for kind in KINDS if kind != TEXT)],
-                    default=AUTO,
+                    options=[kind for kind in KINDS if kind != TEXT],
+                    default=OUT,
                     optional=True,
                     advanced=True,
-                    tooltip="'model': what the block gives (out), or what it adds to what it was given (diff). auto: the family's own.",
+                    tooltip="'model': what the block gives (out), or what it adds to what it was given (diff, UNets' blocks).",
                 ),
                 io.Int.Input(
                     "width", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': width of the pictures sampled."
@@ -259,7 +259,7 @@ class DirectionFind(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, positive, negative, where, site, file_name, model=None, pooling=WORDS, activations=AUTO, width=512, height=512, steps=12,
+        cls, clip, positive, negative, where, site, file_name, model=None, pooling=WORDS, activations=OUT, width=512, height=512, steps=12,
         cfg=4.0, levels=4, pictures=2, seed=0,
     ) -> io.NodeOutput:  # fmt: skip
         if clip is None:
@@ -463,14 +463,13 @@ class SteerModel(OfFeatures):
             idle = f"the schedule {course} is 0 throughout"
         if idle is not None:
             return result(model, f"Nothing done: {idle}. The model passes through unchanged.")
-        effect, module = steer_model(
-            model, features, asked.steer(features), strength, start_percent, end_percent, course, mask=mask, side=cfg_mode
-        )
+        effect = steer_model(model, features, asked.steer, strength, start_percent, end_percent, course, mask=mask, side=cfg_mode)
         where = "everywhere" if mask is None else f"on {float(mask.mean()):.0%} of the picture"
         when = describe_window(start_percent, end_percent) + (f", times {course} over sampling" if course else "")
         told = f"{asked.describe()} ({cfg_mode}), {where}, {when}."
-        lines = [features.describe(), told[0].upper() + told[1:], f"Acts behind {module.removeprefix(NETWORK)}; no model call is added."]
-        lines += _other_weights(fingerprint(model.model.get_submodule(module)), features)
+        lines = [features.describe(), told[0].upper() + told[1:], "No model call is added."]
+        one, module = features.each()[-1], list(effect.parts)[-1]
+        lines += _other_weights(fingerprint(model.model.get_submodule(module)), one)
         model = model.clone()
         attach(model, effect)
         return result(model, "\n".join(lines))

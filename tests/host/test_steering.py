@@ -17,11 +17,23 @@ from torch._dynamo.testing import CompileCounter
 import nodes
 from concept_nodes.host import features as host_features
 from concept_nodes.host import lab, run_record
-from concept_nodes.host.directions import AUTO, POSITIONS, WORDS, Runs, in_model, in_text
+from concept_nodes.host.directions import POSITIONS, WORDS, Runs, in_model, in_text
+from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.encoders import seats
-from concept_nodes.host.feature_sites import checked_site, default_site, default_text_site, model_sites, read_last, text_sites, width_at
+from concept_nodes.host.feature_sites import (
+    AUTO,
+    blocks,
+    checked_site,
+    default_text_site,
+    layers,
+    model_sites,
+    read_last,
+    text_sites,
+    width_at,
+)
 from concept_nodes.host.features import Features, FeaturesError
-from concept_nodes.host.regions import Hung, Regions
+from concept_nodes.host.places import Place
+from concept_nodes.host.regions import Hung, Regions, TextEffect
 from concept_nodes.host.steering import Steers
 from concept_nodes.host.text_steering import ALL_ROWS, BUT_FIRST, CONTENT, TextSteer, captured, scope_of, steered
 from concept_nodes.nodes.regions import RegionsApply
@@ -271,6 +283,49 @@ def test_a_compiled_model_compiles_once(mode):
     assert counter.frame_count == compiled
 
 
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_all_layers_at_once(kind, tmp_path):
+    """Features of one concept at many sites are one thing: found in the same samplings, one effect, one file."""
+    model = models.build(kind)
+    runs = Runs(64, 64, 2, 3.0, 2, 1, 5)
+    whole = in_model(model, texts_of(kind), "all layers", "out", ("p",), ("q",), runs, "x").features
+    assert [one.site for one in whole.each()] == layers(model.model)
+    for number in (0, -1):
+        alone = in_model(model, texts_of(kind), layers(model.model)[number], "out", ("p",), ("q",), runs, "x").features
+        assert same(alone, whole.each()[number])
+    chained = model
+    for one in whole.each():
+        chained = cases.put_steer(chained, 0.7, found=one)
+    together = models.sample(cases.put_steer(model, 0.7, found=whole))
+    assert torch.equal(together, models.sample(chained)) and not torch.equal(together, models.sample(model))
+    host_features.write(whole, tmp_path / "x.safetensors")
+    assert same(host_features.read(tmp_path / "x.safetensors"), whole)
+    with pytest.raises(FeaturesError, match="one site twice"):
+        cases.put_steer(model, found=whole._replace(more=(*whole.more, whole.more[0])))
+
+
+def test_cross_attention_that_reads_a_text_of_its_own_is_steered(plain):
+    """A region's text is read by another way of computing the very layer that is steered: the steer comes behind it."""
+    regional = plain.clone()
+    left = torch.zeros(64, 64)
+    left[:, :32] = 1
+    attach(regional, TextEffect("left", Place(left, {"positive": models.conditioning(plain, 60)[0][0]})))
+    site = layers(plain.model)[2]
+    found = models.features(plain, site)
+
+    def first(one):
+        seen = []
+        module = one.model.diffusion_model.get_submodule(site)
+        models.sample(sampling.wrapped(one, WrappersMP.APPLY_MODEL, hooked(module, seen)), steps=1)
+        return seen[0]
+
+    read = first(regional)
+    assert not torch.equal(read, first(plain))
+    moved = first(cases.put_steer(regional, 1.0, found=found, keep_norm="off", side="both")) - read
+    expected = (found.scale(14.6146).unit * found.weights) @ found.directions
+    torch.testing.assert_close(moved, expected.expand_as(moved), rtol=1e-3, atol=1e-3)
+
+
 class TestRefusals:
     def test_another_family(self, plain):
         found = models.features(models.build("sdxl"))
@@ -283,7 +338,10 @@ class TestRefusals:
             cases.put_steer(plain, found=found)
 
     def test_no_such_site(self, plain):
-        with pytest.raises(FeaturesError, match=r"no site 'output_blocks\.9\.1'\. Its sites are input_blocks\.1\.1, .*middle_block\.1"):
+        with pytest.raises(
+            FeaturesError,
+            match=r"no site 'output_blocks\.9\.1'.*input_blocks\.1\.1, .*'cross-attention' stands for 7 layers",
+        ):
             cases.put_steer(plain, found=models.features(plain)._replace(site="output_blocks.9.1"))
 
     def test_what_flux_adds_cannot_be_told(self):
@@ -327,12 +385,18 @@ def test_layers_shown_another_grid_are_told_of():
 
 def test_sites_of_the_published_sizes():
     for kind, (site, width, count) in {
-        "sd15": ("output_blocks.4.1", 1280, 16),
-        "sdxl": ("output_blocks.1.1", 1280, 11),
-        "flux": ("double_blocks.18", 3072, 57),
+        "sd15": ("output_blocks.4.1", 1280, (16, 16)),
+        "sdxl": ("output_blocks.1.1", 1280, (11, 70)),
+        "flux": ("double_blocks.18", 3072, (57, 57)),
     }.items():
         model = models.full_size(kind).model
-        assert default_site(model) == site and width_at(model, site) == width and len(model_sites(model)) == count
+        assert width_at(model, site) == width and (len(blocks(model)), len(layers(model))) == count
+        assert model_sites(model, AUTO) == ([site] if kind == "flux" else layers(model)) and model_sites(model, "all layers") == layers(
+            model
+        )
+        assert all(width_at(model, name) in (320, 640, 1280, 3072) for name in layers(model))
+        for name in layers(model):
+            checked_site(model, name, "out")
     model = models.full_size("sdxl").model
     for site in ("input_blocks.8.1", "middle_block.1", "output_blocks.0.1", "output_blocks.1.1"):
         assert width_at(model, site) == 1280 and checked_site(model, site, "diff")
@@ -685,10 +749,10 @@ class TestFinding:
         model, clip = sampling.loaded(lambda: models.build(kind)), texts_of(kind)
         runs = Runs(64, 64, 3, 1.0, 2, 1, 5)
         before = state.of_patcher(model), state.of_model(model.model)
-        found = in_model(model, clip, models.SITES[kind], AUTO, ("p", "q"), ("r",), runs, "x").features
+        found = in_model(model, clip, models.SITES[kind], "out", ("p", "q"), ("r",), runs, "x").features
         assert state.differences(before[0], state.of_patcher(model)) == []
         assert state.differences(before[1], state.of_model(model.model)) == []
-        assert same(found, in_model(model, clip, models.SITES[kind], AUTO, ("p", "q"), ("r",), runs, "x").features)
+        assert same(found, in_model(model, clip, models.SITES[kind], "out", ("p", "q"), ("r",), runs, "x").features)
         module = model.model.diffusion_model.get_submodule(models.SITES[kind])
         down = model.model.latent_format.spacial_downscale_ratio
         means = {}
