@@ -94,6 +94,7 @@ def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], p
         positive=(zero + unit)[None],
         negative=zero[None],
         positions=there.nonzero()[:, 0] if pooling == POSITIONS else None,
+        whole=pooling == ROWS,
         fingerprint="+".join(fingerprint(one.module) for one in sites),
         prompts=(tuple(positive), tuple(negative)),
     ).checked()

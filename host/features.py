@@ -22,7 +22,7 @@ KINDS = (OUT, DIFF, TEXT)
 HEADER = "concept_features"
 VERSION = 1
 NUMBERS = ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")
-WORDS = ("name", "family", "site", "io", "gate", "fingerprint", "prompts")
+WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts")
 SAMPLE = 64  # numbers of each weight that a fingerprint reads
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -58,6 +58,7 @@ class Features(NamedTuple):
     positive, negative  (S, m) mean activations with the concept and without it
     positions    (m,) rows that directions act on, -1 for all; None: all
     gate         score that separates the texts it was found on; None where there is none
+    whole        whether a text's score is that of all its rows together, and not of the word that brings most
     fingerprint  of the model's weights at the site
     prompts      (with, without) the concept
     more         features of the same concept at further sites, which have none of their own
@@ -77,6 +78,7 @@ class Features(NamedTuple):
     readers: Readers | None = None
     positions: torch.Tensor | None = None
     gate: float | None = None
+    whole: bool = False
     fingerprint: str = ""
     prompts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     more: tuple[Features, ...] = ()

@@ -190,11 +190,15 @@ def captured(clip, sites: Sequence[TextSite], tokens: Mapping, encode=None) -> t
 
 
 def score(features: Features, rows: torch.Tensor, content: torch.Tensor) -> float:
-    """How much of a concept a prompt's words bring, at most by any of them: about 0 without it and 1 with it."""
+    """How much of a concept a prompt brings, about 0 without it and 1 with it: by the word that brings most, or all rows but the first
+    together where the features are of these.
+    """
     scale, operand = features.scale(0.0), features.operand()
     amounts = (operand.activations(rows) - scale.zero) / scale.unit.abs().clamp_min(1e-12) * features.weights
     if features.positions is not None:
         at = torch.arange(rows.shape[1])[:, None]
         amounts = torch.where((features.positions == at) | (features.positions < 0), amounts, 0.0)
-    total = amounts.sum(-1)[content]
-    return float(total.max()) if len(total) else -torch.inf
+    total = amounts.sum(-1)
+    if features.whole:
+        return float(total[:, 1:].mean())
+    return float(total[content].max()) if bool(content.any()) else -torch.inf

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import nodes
 from concept_nodes.host import features as host_features
 from concept_nodes.host import lab, run_record
-from concept_nodes.host.directions import POSITIONS, WORDS, Runs, in_model, in_text
+from concept_nodes.host.directions import POSITIONS, ROWS, WORDS, Runs, in_model, in_text
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.encoders import seats
 from concept_nodes.host.feature_sites import (
@@ -36,6 +36,8 @@ from concept_nodes.host.places import Place
 from concept_nodes.host.regions import Hung, Regions, TextEffect
 from concept_nodes.host.steering import Steers
 from concept_nodes.host.text_steering import ALL_ROWS, BUT_FIRST, CONTENT, TextSteer, captured, scope_of, steered
+from concept_nodes.lab.eye import Eye
+from concept_nodes.lab.measure import draw
 from concept_nodes.nodes.regions import RegionsApply
 from concept_nodes.nodes.steering import DirectionFind, SteerText, name_of
 from concept_nodes.ops.regions import Region
@@ -266,7 +268,7 @@ def test_a_steer_at_half_precision_stays_in_it():
             assert out.dtype == getattr(torch, dtype) and bool(out.isfinite().all())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [ADD, ABLATE])
 def test_a_compiled_model_compiles_once(mode):
     """One variant with the steer for all strengths, levels and runs."""
     model = models.build("flux").clone()
@@ -803,3 +805,66 @@ def texts_of(kind):
             return context, options.get("pooled_output")
 
     return Clip()
+
+
+# --- on pictures ------------------------------------------------------------------------------------------------------------------
+
+COLOURS = ("blue", "green", "yellow", "purple")
+SHAPES = ("circle", "square", "triangle", "star")
+PLAIN = [f"a {colour} {shape} on a grey background" for colour, shape in zip(COLOURS, SHAPES, strict=True)]
+RED = [f"a red {shape} on a grey background" for shape in SHAPES], PLAIN
+NEON = [f"{text}, neon style" for text in PLAIN], [f"{text}, flat style" for text in PLAIN]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return lab.load("unet")
+
+
+@pytest.fixture(scope="module")
+def eye():
+    return Eye.load()
+
+
+@pytest.mark.parametrize(("prompts", "pooling"), [(RED, WORDS), (NEON, ROWS)])
+def test_prompts_below_the_gate_are_bit_for_bit_what_they_were(loaded, prompts, pooling):
+    """Other texts than it was found on, with the concept and without it."""
+    found = in_text(loaded.clip, "clip_l.3", *prompts, pooling, "x").features
+    acting = put(loaded.clip, 1.0, ABLATE, gate=1.0, found=found)
+    word = "red" if prompts is RED else "neon"
+
+    def untouched(text):
+        return bits(text_encoders.encode(acting, text), text_encoders.encode(loaded.clip, text))
+
+    for colour, shape in zip(COLOURS, reversed(SHAPES), strict=True):
+        text = f"a large {colour} {shape} at the top on white"
+        assert untouched(text)
+        assert not untouched(text.replace(colour, "red") if word == "red" else f"{text}, neon style")
+
+
+def test_a_colour_comes_and_goes_in_the_model(loaded, eye):
+    """Along all cross-attention at once, on figures that the directions were not found on."""
+    found = in_model(loaded.model, loaded.clip, AUTO, "out", *RED, Runs(64, 64, 10, 4.0, 3, 1, 0), "red").features
+    kinds = ("heart", "diamond", "crescent", "cross", "heart", "diamond", "crescent", "cross")
+    open_ones = [f"a large {kind} on the left on a grey background" for kind in kinds]
+
+    def red(texts, strength=0.0, mode=ADD):
+        model = cases.put_steer(loaded.model, strength, mode=mode, found=found)
+        readings = eye.read(draw(loaded, texts, size=64, seed=5000, model=model, steps=12))
+        return sum(any(seen.colour == "red" for seen in reading.objects) for reading in readings) / len(texts)
+
+    closed = [text.replace("large", "large red") for text in open_ones]
+    assert red(open_ones) <= 0.25 and red(open_ones, 1.0) >= 0.75
+    assert red(closed) >= 0.75 and red(closed, 1.0, ABLATE) <= 0.25
+
+
+def test_a_style_comes_in_the_text(loaded, eye):
+    found = in_text(loaded.clip, "clip_l.3", *NEON, ROWS, "neon").features
+    texts = [f"a large {colour} {shape} on the left on a grey background" for colour in COLOURS[:2] for shape in SHAPES]
+
+    def neon(strength):
+        clip = put(loaded.clip, strength, found=found, scope=BUT_FIRST, keep=True)
+        readings = eye.read(draw(loaded._replace(clip=clip), texts, size=64, seed=5000, steps=12))
+        return sum(reading.style == "neon" for reading in readings) / len(texts)
+
+    assert neon(0.0) <= 0.25 and neon(1.5) >= 0.75
