@@ -132,7 +132,7 @@ EFFECTS = {
     ),
     "ConceptNodes_SteerModel": Case(
         execute=steer,
-        tells=("'random'", "Add at strength 0.8 (cond)", "everywhere", "in all steps", "output_blocks.1.1", "no model call"),
+        tells=("'random'", "Add at strength 0.8 (cond)", "everywhere", "in all steps", "output_blocks.1.1", "No model call"),
         neutral={
             "strength 0": lambda model: put_steer(model, 0.0),
             "empty window": lambda model: put_steer(model, start=0.5, end=0.5),
