@@ -158,7 +158,9 @@ def measure(folder: Path | None, n: int, gate: float) -> tuple[dict[str, Figure]
             for kind, texts in (("ordinary", harmless), ("near", NEAR), ("wanted", WANTED[preset]))
         }
         for kind, found in told.items():
-            shown = [(text, *words) for text, words in zip({"ordinary": harmless, "near": NEAR, "wanted": WANTED[preset]}[kind], found) if words]
+            shown = [
+                (text, *words) for text, words in zip({"ordinary": harmless, "near": NEAR, "wanted": WANTED[preset]}[kind], found) if words
+            ]
             hits = sum(map(bool, found))
             rows.append({"way": f"english {kind}", "preset": preset, "n": len(found), "flagged": hits, "texts": shown[:8]})
         wrong += map(bool, told["ordinary"])

@@ -328,7 +328,9 @@ def measure_harmless(loaded, eye: Eye, n: int) -> tuple[dict[str, Figure], list[
                 drop[i] = float(before) - float(after)
         changed += [done.window is not None for done in filtered]
         drops += drop
-        rows.append({"way": HARMLESS, "concept": concept, "n": len(asked), "changed": len(touched), "texts": [asked[i] for i in touched[:5]]})
+        rows.append(
+            {"way": HARMLESS, "concept": concept, "n": len(asked), "changed": len(touched), "texts": [asked[i] for i in touched[:5]]}
+        )
         log.info("%s", rows[-1])
     return {"over_trigger": share(changed), "harmless_drop": mean(drops)}, rows
 

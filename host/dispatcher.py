@@ -45,6 +45,7 @@ from .words import Words
 log = logging.getLogger("concept_nodes")
 
 KEY = "concept_nodes"
+Strength = float | tuple[float, ...]
 INSIDE = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # what may change a prompt within a call
 RUN = "concept_nodes_run"
 
@@ -56,7 +57,7 @@ class Act(Protocol):
         """The module's output as the model shall see it, given its output and its arguments. `output` may be written to where it is
         `fresh`, and must not be kept: the host's blocks write to it."""
 
-    def setting(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> Any:
+    def setting(self, strengths: Sequence[Strength], places: Sequence[int | None] = (), shares: Shares | None = None) -> Any:
         """What `use` takes: one strength for each of the parts it was joined from, and where it acts on a part of the module's rows, its
         place in `shares`.
         """
@@ -126,9 +127,10 @@ class Effect:
         """
         return options
 
-    def strengths(self, model_sampling) -> Callable[[Call], float]:
-        """The strength call by call, 0.0 for calls left exactly as they are without the effect. Asked once per run, because nodes behind
-        the effect's own may still change the model's schedule."""
+    def strengths(self, model_sampling) -> Callable[[Call], Strength]:
+        """The strength call by call, 0.0 for calls left exactly as they are without the effect; several numbers where its parts need
+        more than one, such as the noise level. Asked once per run, because nodes behind the effect's own may still change the model's
+        schedule."""
         raise NotImplementedError
 
     def in_run(self, run: Run) -> Effect:
@@ -397,13 +399,14 @@ class Run:
         self._open.append((self._key, self._acts, told, active, call))
         for index in active:
             self.acting[index].enter(call)
+        # Those that compute a module anew lie below those that change what it gives.
         layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
         kept = self._texts_stay(call)
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
                 act.of = None if kept is None else (kept, told[1])
-        return layers + [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around]
+        return [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around] + layers
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
         """A call's keyword arguments, with the prompt that is read instead of its own."""
@@ -481,7 +484,7 @@ class Run:
         tokens = call.context.shape[1] if call.context is not None else 0
         return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references)
 
-    def _tell(self, strengths: tuple[float, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
+    def _tell(self, strengths: tuple[Strength, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
         """Hand strengths and places to the acts."""
         self.joint, self._around = None, []
         if self._told is None or self._told[0] != strengths:
@@ -502,7 +505,7 @@ class Run:
         if kind and self.selves:
             self._keep_apart(strengths, spread, active)
 
-    def _made(self, strengths: tuple[float, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
+    def _made(self, strengths: tuple[Strength, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
         """Every act with what it is to use."""
         for name, acts in self._acts.items():
             for act, members in acts:
@@ -553,7 +556,7 @@ class Run:
                 )
                 self._around.append((name, cross))
 
-    def _keep_apart(self, strengths: tuple[float, ...], spread: Spread, active: tuple[int, ...]) -> None:
+    def _keep_apart(self, strengths: tuple[Strength, ...], spread: Spread, active: tuple[int, ...]) -> None:
         """Self-attention: less of it between places that are kept apart."""
         isolating = [index for index in active if self.effects[index].apart]
         biases: dict[int, torch.Tensor | None] = {}

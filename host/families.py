@@ -24,6 +24,9 @@ class Family(NamedTuple):
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
     maps           pattern of the modules that attend from the picture to words
     maps_read      which of them are read by default: FINE, all but those on the coarsest grid, or LATE, the last fifth
+    site_blocks    class names of the blocks that features may lie at
+    site_layers    pattern of layers that they may lie at as well
+    site           of both, what is taken where none is named: one, or all of a kind of layer
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
     """
 
@@ -39,6 +42,9 @@ class Family(NamedTuple):
     blocks: tuple[str, ...]
     maps: str
     maps_read: str
+    site_blocks: tuple[str, ...]
+    site_layers: str
+    site: str
     slider_start: float
 
 
@@ -56,7 +62,10 @@ UNET_LAYERS = {
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
 # "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
 UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+CROSS_ATTENTION = "cross-attention"
+UNET_SITES = r"\.attn2$"
 UNET_BLOCKS = ("ResBlock", "BasicTransformerBlock")
+FLUX_SITES = r"\.img_attn\.proj$|^single_blocks\.\d+\.linear2$"
 FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
@@ -78,6 +87,9 @@ FAMILIES = (
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
+        site_blocks=("SpatialTransformer",),
+        site_layers=UNET_SITES,
+        site=CROSS_ATTENTION,
         slider_start=0.2,
     ),
     Family(
@@ -93,6 +105,9 @@ FAMILIES = (
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
+        site_blocks=("SpatialTransformer",),
+        site_layers=UNET_SITES,
+        site=CROSS_ATTENTION,
         slider_start=0.25,
     ),
     Family(
@@ -108,6 +123,9 @@ FAMILIES = (
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         maps=r"\.double_blocks\.\d+$",
         maps_read=LATE,
+        site_blocks=("DoubleStreamBlock", "SingleStreamBlock"),
+        site_layers=FLUX_SITES,
+        site="double_blocks.18",
         slider_start=0.05,
     ),
 )

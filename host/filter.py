@@ -326,7 +326,14 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
 
 
 def _together(
-    reader: Reader, seat: Seat, ear: Ear, whole: torch.Tensor, window: list[tuple], places: list[set[int]], amount: torch.Tensor, gate: float
+    reader: Reader,
+    seat: Seat,
+    ear: Ear,
+    whole: torch.Tensor,
+    window: list[tuple],
+    places: list[set[int]],
+    amount: torch.Tensor,
+    gate: float,
 ) -> list[tuple[int, int, float]]:
     """(group, concept, amount) of the fewest groups of words that together bring the concept that is heard most in single ones (N, K):
     a text may be made of words none of which stands out.

@@ -18,11 +18,17 @@ from ..ops.masks import pool
 
 class Place:
     """A part of the picture. mask (height, width) in 0..1, of any size, or what draws it for a height and width; texts: condition name
-    ("positive", "negative") -> the context that is read there instead of the common one.
+    ("positive", "negative") -> the context that is read there instead of the common one; factors: condition name -> what the place's shares
+    are multiplied by in its rows, 1 where there are none.
     """
 
-    def __init__(self, mask: torch.Tensor | Callable[[int, int], torch.Tensor], texts: Mapping[str, torch.Tensor] | None = None):
-        self.mask, self.texts = mask, dict(texts or {})
+    def __init__(
+        self,
+        mask: torch.Tensor | Callable[[int, int], torch.Tensor],
+        texts: Mapping[str, torch.Tensor] | None = None,
+        factors: Callable[[str], float] | None = None,
+    ):
+        self.mask, self.texts, self.factors = mask, dict(texts or {}), factors
         self.group: tuple[Place, ...] = (self,)
 
     def on(self, height: int, width: int) -> torch.Tensor:

@@ -47,10 +47,15 @@ class Spread:
 
     def __init__(self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device):
         self.kind, self.device = kind, device
-        self.places = list(dict.fromkeys(place for place, _ in placed.values()))
+        # What neither brings a text nor acts on words divides no text: those places go last, and are left out of the segments.
+        wordless = {place: True for place, _ in placed.values()}
+        for place, text in placed.values():
+            wordless[place] &= text == "none" and not place.texts and place.group == (place,)
+        self.places = sorted(wordless, key=wordless.get)
         self._number = {place: index for index, place in enumerate(self.places)}
         whole = _on(kind.full, self.places)
-        self.segments, shares = segments(self.places, whole)
+        worded = len(self.places) - sum(wordless.values())
+        self.segments, shares = segments(self.places[:worded], whole[:worded])
         names = kind.names or ("",)
         self._names = names
         self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
@@ -106,8 +111,9 @@ class Spread:
         key = (site, tuple(columns))
         if key not in self._of_sites:
             chunks = list(enumerate(self._masks))
-            if len(chunks) < len(self._names) and any(isinstance(policy, Words) for _, policy in columns):
-                chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]  # conditions differ in their words
+            differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
+            if len(chunks) < len(self._names) and differ:
+                chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
             grid = tuple(self._masks[0].at(site.level).shape[-2:]) if site.kind == MAP else None
             self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]), grid)
         return [columns.index(name) for name in names], self._of_sites[key]
@@ -115,13 +121,17 @@ class Spread:
     def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str | Words]], chunk: int) -> torch.Tensor:
         """(columns, rows) in one chunk of the batch."""
         at = [place for place, _ in columns]
+        factors = torch.tensor([self._factor(self.places[place], chunk) for place in at])[:, None]
         if site.kind == VECTOR:
-            return pyramid.at(0)[at].mean((1, 2))[:, None]
-        picture = pyramid.at(site.level)[at].flatten(1)
+            return pyramid.at(0)[at].mean((1, 2))[:, None] * factors
+        picture = pyramid.at(site.level)[at].flatten(1) * factors
         if site.kind not in (TEXT, JOINT):
             return torch.nn.functional.pad(picture, (0, self._behind(site)))
-        words = torch.stack([self._words(place, policy, chunk) for place, policy in columns])
+        words = torch.stack([self._words(place, policy, chunk) for place, policy in columns]) * factors
         return words if site.kind == TEXT else torch.nn.functional.pad(torch.cat([words, picture], 1), (0, self._behind(site)))
+
+    def _factor(self, place: Place, chunk: int) -> float:
+        return 1.0 if place.factors is None else place.factors(self._names[chunk])
 
     def _behind(self, site: Site) -> int:
         """Reference pictures belong to nobody."""

@@ -16,6 +16,7 @@ from concept_nodes.nodes.filter import FilterReattention
 from concept_nodes.nodes.maps import Capture
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
 from concept_nodes.nodes.sliders import Slider, SliderPrompts
+from concept_nodes.nodes.steering import SteerModel
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Region
 
@@ -96,6 +97,16 @@ def put_reattention(*args, **options):
     return reattention(*args, **options).result[0]
 
 
+def steer(model, strength=0.8, start=0.0, end=1.0, mask=None, schedule="", mode="add", side="cond", found=None, **options):
+    """Steer Model along random directions."""
+    found = models.features(model) if found is None else found
+    return SteerModel.execute(model, "none", strength, mode, start, end, side, schedule, mask, found, **options)
+
+
+def put_steer(*args, **options):
+    return steer(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -153,6 +164,17 @@ EFFECTS = {
         },
         refuses=("flux",),
     ),
+    "ConceptNodes_SteerModel": Case(
+        execute=steer,
+        tells=("'random'", "Add at strength 0.8 (cond)", "everywhere", "in all steps", "output_blocks.1.1", "No model call"),
+        neutral={
+            "strength 0": lambda model: put_steer(model, 0.0),
+            "empty window": lambda model: put_steer(model, start=0.5, end=0.5),
+            "empty mask": lambda model: put_steer(model, mask=torch.zeros(1, 64, 64)),
+            "silent schedule": lambda model: put_steer(model, schedule="0:0"),
+            "no features": lambda model: SteerModel.execute(model, "none", 1.0, "add", 0.0, 1.0, "cond").result[0],
+        },
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
@@ -179,6 +201,8 @@ PLUMBING = {
     "ConceptNodes_LabPairs": "draws pictures; test_lab_scenes.py holds what they are",
     "ConceptNodes_SliderSweep": "a list of what Slider makes; test_sweep.py holds that each is",
     "ConceptNodes_Filter": "encodes a text; test_filter.py holds that nothing to do is the host's own encoding, bit for bit",
+    "ConceptNodes_DirectionFind": "finds numbers; test_steering.py holds what they are",
+    "ConceptNodes_SteerText": "encodes a text; test_steering.py holds that nothing to do is the host's own encoding, bit for bit",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_Maps": "draws masks; test_maps.py holds what they are",

@@ -250,3 +250,37 @@ def lora(model, *, rank=2, alpha=1.0, seed=5, only="", size=0.5) -> dict[str, to
         if alpha is not None:
             state[f"{name}.alpha"] = torch.tensor(float(alpha))
     return state
+
+
+# A block of each kind of model, for features; a second one of Flux's, where text and picture are one sequence.
+SITES = {"sd15": "output_blocks.1.1", "sdxl": "middle_block.1", "flux": "double_blocks.0"}
+
+
+def features(model, site: str = "", *, io: str = "out", latents: bool = False, m: int = 2, seed: int = 50, size: float = 3.0):
+    """Random CONCEPT_FEATURES at a site of a model, over three noise levels."""
+    from concept_nodes.host.families import FAMILIES
+    from concept_nodes.host.feature_sites import width_at
+    from concept_nodes.host.features import Features, Readers
+
+    kind = next((kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config), "sd15")
+    site = site or SITES[kind]
+    width = width_at(model.model, site)
+    directions = torch.nn.functional.normalize(seeded((m, width), seed), dim=1)
+    readers = Readers(seeded((m, width), seed + 1, width**-0.5), seeded((m,), seed + 2, 0.1), torch.full((m,), 0.2)) if latents else None
+    levels = torch.tensor([14.0, 1.0, 0.05]) if kind != "flux" else torch.tensor([1.0, 0.5, 0.1])
+    positive = seeded((3, m), seed + 3).abs() + 1
+    return Features(
+        name="random",
+        family={"sd15": FAMILIES[0], "sdxl": FAMILIES[1], "flux": FAMILIES[2]}[kind].name,
+        site=site,
+        io=io,
+        directions=directions,
+        weights=torch.linspace(1, 0.5, m),
+        unit=torch.full((m,), size),
+        mean=seeded((width,), seed + 4, 0.1),
+        sigmas=levels,
+        positive=positive,
+        negative=torch.zeros(3, m),
+        readers=readers,
+        prompts=(("with it",), ("without it",)),
+    )

@@ -43,7 +43,7 @@ def frozen(value):
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    return hashlib.blake2b(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def of_model(model: torch.nn.Module) -> dict:
