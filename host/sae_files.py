@@ -1,13 +1,14 @@
 """Sparse autoencoders in files: ours, and the layouts in which others publish theirs.
 
-Ours is one safetensors file with the tensor names of EleutherAI's sparsify (`encoder.weight`, `encoder.bias`, `W_dec`, `b_dec`), what else there
-is under names of its own (`threshold`, `norm.mean`, `norm.std`, `stats.*`), and all that is to be told as JSON under `sae_cfg` in its header.
+Ours is one safetensors file with the tensor names of EleutherAI's sparsify (`encoder.weight`, `encoder.bias`, `W_dec`, `b_dec`), the rest
+under names of its own (`threshold`, `norm.mean`, `norm.std`, `stats.*`), and all that is to be told as JSON under `sae_cfg` in its header.
 
-Read besides: sparsify's pair (SAeUron, SAEmnesia), SAELens, OpenAI's (Concept Steerers, Interpret-then-Deactivate, sdxl-unbox), dictionary_learning
-and SAEdit, by the names of their tensors. A layout is told by these and its settings by the JSON file beside it; nothing is ever unpickled but
-tensors. What an `SAE` cannot say (gates, shortcuts, vectors normalised one by one) is refused by name.
+Read besides: sparsify's pair (SAeUron, SAEmnesia), SAELens, OpenAI's (Concept Steerers, Interpret-then-Deactivate, sdxl-unbox),
+dictionary_learning and SAEdit. A layout is told by the names of its tensors, its settings by the JSON file beside it; nothing but tensors
+is ever unpickled. What an `SAE` cannot say (gates, shortcuts, vectors normalised one by one) is refused by name.
 
-Concept Steerers' own files rebuild x - b_dec, not x: their trainer compares with the wrong vector. Directions and codes are not touched by it.
+Concept Steerers' own files rebuild x - b_dec, not x: their trainer compares with the wrong vector. Directions and codes are as they
+should be.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class SAEError(ValueError):
 class SAEFile(NamedTuple):
     """A sparse autoencoder and what its file says of it.
 
-    config  as it is written in our header: `family`, `site`, `io` ("out": a module's output, "diff": output less input, "text": an encoder's
-            rows), `model` and `data` (digests), `fvu`, `l0`, `dead`, `name`, ...; of others' files their own settings. `layout` is what was read.
-    stats   (n,) each, where known: "mean" over all vectors, those included in which a latent is 0; "max"; "freq", the share in which it fires
+    config  as it is written in our header: `family`, `site`, `io` ("out": a module's output, "diff": output less input, "text": an
+            encoder's rows), `model` and `data` (digests), `fvu`, `l0`, `dead`, `name`, ...; of others' files their own settings. `layout`
+            is what was read.
+    stats   (n,) each, where known: "mean" over all vectors, those in which a latent is 0 too; "max"; "freq", the share in which it fires
     """
 
     sae: SAE
@@ -88,15 +90,14 @@ def read(path: Path | str) -> SAEFile:
     path = _tensor_file(Path(path))
     state, header = _tensors(path)
     config = _config(path, header)
-    layout = _layout(path, state, header)
+    layout = _layout(path, state, header, config)
     sae, stats = _READERS[layout](_State(path, state), config)
     _check(path, sae)
     stats = {name: tensor.float() for name, tensor in stats.items()}
     for name, tensor in stats.items():
         if tensor.shape != (sae.n,):
-            raise _wrong(
-                path, f"has {tuple(tensor.shape)} numbers for the statistic '{name}' of {sae.n} latents", "Take the file beside it away"
-            )
+            what = f"has {tuple(tensor.shape)} numbers for the statistic '{name}' of {sae.n} latents"
+            raise _wrong(path, what, "Take the file beside it away that holds them, or download it again")
     return SAEFile(sae, config | {"layout": layout}, stats)
 
 
@@ -112,8 +113,9 @@ def write(path: Path | str, file: SAEFile) -> None:
 
 
 def export_sparsify(folder: Path | str, file: SAEFile) -> None:
-    """The strict pair that sparsify and SAELens load, and stats.safetensors beside it. Normalisation is made part of the weights. Raises SAEError
-    for what the pair cannot say: anything but a number of latents kept, of centred vectors.
+    """The strict pair that sparsify and SAELens load, and stats.safetensors beside it. Normalisation is made part of the weights. A
+    threshold is left out: what was trained as BatchTopK is read there as topk with the same k. Raises SAEError for kinds that keep no
+    number of latents.
     """
     sae, folder = file.sae, Path(folder)
     if sae.activation not in (TOPK, BATCH_TOPK) or sae.k < 1:
@@ -179,7 +181,8 @@ def _tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         if path.suffix in (".safetensors", ".sft"):
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (safe_open is no mapping)
+                names = file.keys()
+                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _wrong(
@@ -217,11 +220,13 @@ def _config(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return told
 
 
-def _layout(path: Path, state: Mapping[str, Any], header: Mapping[str, str]) -> str:
+def _layout(path: Path, state: Mapping[str, Any], header: Mapping[str, str], config: Mapping[str, Any]) -> str:
     if HEADER in header:
         return OURS
     for layout, wanted in _SIGNS.items():
         if wanted <= set(state):
+            if layout == SAELENS:  # three write these names, and only their settings tell them apart
+                return SAEDIT if "act_size" in config else LEARNING if isinstance(config.get("trainer"), dict) else SAELENS
             return layout
     known = ", ".join(sorted(state)[:6]) or "nothing"
     raise _wrong(
@@ -316,6 +321,8 @@ def _read_openai(state: _State, config: dict[str, Any]) -> tuple[SAE, dict]:
 
 
 def _read_learning(state: _State, config: dict[str, Any]) -> tuple[SAE, dict]:
+    if "W_enc" in state:
+        return _read_columns(state, config)
     trainer = config.get("trainer", config)
     trainer = trainer if isinstance(trainer, dict) else {}
     k, threshold = state.number(trainer, "k"), state.optional("threshold")
@@ -341,9 +348,7 @@ def _read_learning(state: _State, config: dict[str, Any]) -> tuple[SAE, dict]:
 
 
 def _read_columns(state: _State, config: dict[str, Any]) -> tuple[SAE, dict]:
-    """Files with W_enc (d, n): SAELens, SAEdit, and dictionary_learning's JumpReLU and Matryoshka."""
-    if "dict_size" in config and "act_size" in config:
-        return _read_saedit(state, config)
+    """Files with W_enc (d, n): SAELens, and dictionary_learning's JumpReLU and Matryoshka."""
     trainer = config.get("trainer")
     learning = isinstance(trainer, dict)
     told = trainer if learning else config

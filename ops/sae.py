@@ -5,12 +5,12 @@
     z  = act(a)                              the code: n numbers, few of them not 0, none below 0
     x^ = (W_dec^T z + b_dec) std + mean
 
-Activations, as they are meant once training is over: `topk` keeps the k greatest of each vector (Gao et al., arXiv 2406.04093); `batch_topk`
-keeps what exceeds the threshold that training found, and without one does as topk (Bussmann et al., arXiv 2412.06410); `jumprelu` has a
-threshold for each latent (Rajamanoharan et al., arXiv 2407.14435); `relu` keeps what is positive.
+Activations, as they are meant once training is over: `topk` keeps the k greatest of each vector (Gao et al., arXiv 2406.04093);
+`batch_topk` keeps what exceeds the threshold that training found, and without one does as topk (Bussmann et al., arXiv 2412.06410);
+`jumprelu` has a threshold for each latent (Rajamanoharan et al., arXiv 2407.14435); `relu` keeps what is positive.
 
-To change a vector, add what a change of its code is worth (`delta`) and do not put x^ in its place: nothing changed is then x itself, and what
-the autoencoder cannot say stays.
+To change a vector, add what a change of its code is worth (`delta`) and do not put x^ in its place: nothing changed is then x itself, and
+what the autoencoder cannot say stays.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SAE(NamedTuple):
     threshold  (n,) or a single number that a pre-activation must exceed; None where the kind has none
     mean, std  (d,) of the vectors as they are; None: 0 and 1
 
-    Vectors and codes may have any dimensions before the last. Matrices are multiplied in the weights' type with sums in float32; all else, and
-    what comes out, is float32, or float64 for vectors that are.
+    Vectors and codes may have any dimensions before the last. Matrices are multiplied in the weights' type with sums in float32; all else,
+    and what comes out, is float32, or float64 for vectors that are.
     """
 
     W_enc: torch.Tensor
@@ -76,8 +76,8 @@ class SAE(NamedTuple):
         return _product(x, weight) + bias.to(x)
 
     def act(self, pre: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """Codes of pre-activations, of the same shape. Of chosen latents alone (`indices`, as in `pre`) only where a threshold decides, because
-        to be among the k greatest is to be compared with all of them: ValueError.
+        """Codes of pre-activations, of the same shape. Of chosen latents alone (`indices`, as in `pre`) only where a threshold decides,
+        because to be among the k greatest is to be compared with all of them: ValueError.
         """
         if self.counts:
             if indices is not None:
@@ -97,8 +97,8 @@ class SAE(NamedTuple):
         return self.act(self.pre(x))
 
     def sparse(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of vectors (..., d) as values (..., k) and the latents' numbers (..., k), in no order, without ever holding the codes of all
-        vectors at once. Where no number of latents is kept, k is that of the vector with the most; the others are filled up with zeros.
+        """Codes of vectors (..., d) as values (..., k) and the latents' numbers (..., k), in no order, without ever holding the codes of
+        all vectors at once. Where no number of latents is kept, k is that of the vector with the most; the others are filled up with zeros.
         """
         shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
         parts = [self._sparse(part) for part in rows.split(max(1, HELD // self.n))]

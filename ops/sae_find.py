@@ -27,8 +27,8 @@ def _share(means: torch.Tensor) -> torch.Tensor:
 
 
 def effect_size(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """From codes (N, n) with the concept and (M, n) without. Of latents that are constant in both, the sign of the difference times the greatest
-    finite score, so that one which always fires with it and never without comes first; 0 where there is no difference.
+    """From codes (N, n) with the concept and (M, n) without. Of latents that are constant in both, the sign of the difference times the
+    greatest finite score, so that one which always fires with it and never without comes first; 0 where there is no difference.
     """
     difference = positive.double().mean(0) - negative.double().mean(0)
     spread = ((positive.double().var(0, correction=0) + negative.double().var(0, correction=0)) / 2).sqrt()
@@ -39,8 +39,8 @@ def effect_size(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
 
 
 def set_difference(positive: torch.Tensor, negative: torch.Tensor, most: int = 128) -> torch.Tensor:
-    """From each text's greatest codes, (N, n) with the concept and (M, n) without: the mean of the codes with it, of latents among the `most`
-    greatest of a text with it and of none without; 0 for all others.
+    """From each text's greatest codes, (N, n) with the concept and (M, n) without: the mean of the codes with it, of latents among the
+    `most` greatest of a text with it and of none without; 0 for all others.
     """
     own = _among(positive, most).any(0) & ~_among(negative, most).any(0)
     return torch.where(own, positive.float().mean(0), 0.0)

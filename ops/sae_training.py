@@ -2,13 +2,14 @@
 
     loss = |x - x^|^2 / V + c |e - e^|^2 / V        V: the variance of the vectors, so that 1 is what their mean alone would leave
 
-x is the vector that was encoded and x^ what is decoded from it, both with their bias: drive x^ to x - b_dec, as one published trainer does, and
-no figure of explained variance will show it. The second term revives dead latents (Gao et al., arXiv 2406.04093): e = x - x^ is what the others
-leave, e^ the best that the greatest of the dead make of it. With e the other way round, as published elsewhere, it drives them off.
+x is the vector that was encoded and x^ what is decoded from it, both with their bias: drive x^ to x - b_dec, as one published trainer
+does, and no figure of explained variance will show it. The second term revives dead latents (Gao et al., arXiv 2406.04093): e = x - x^ is
+what the others leave, e^ the best that the greatest of the dead make of it. With e the other way round, as published elsewhere, it drives
+them off.
 
-Kinds: `topk`, `batch_topk` (a threshold for later is kept as it goes), `matryoshka` (batch_topk in which every prefix of the latents has to do
-as well as it can, so that the first are general and the last particular) and `jumprelu` (thresholds learnt through a rectangle of width `band`
-about each, and |L0 / k - 1|^2 added, more of it as training goes on).
+Kinds: `topk`, `batch_topk` (a threshold for later is kept as it goes), `matryoshka` (batch_topk in which every prefix of the latents has
+to do as well as it can, so that the first are general and the last particular) and `jumprelu` (thresholds learnt through a rectangle of
+width `band` about each, and |L0 / k - 1|^2 added, more of it as training goes on).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Settings(NamedTuple):
     auxiliary   c, the weight of what revives dead latents
     dead_after  vectors after which a latent that did not fire is dead; 0: 10 million, or a twentieth of a short training
     revive      latents that are dead become what is left over of some vector, once in `dead_after` vectors, until the rate falls
-    normalise   `mean` takes the mean off and scales all numbers alike; `standardise` scales each by itself, for models whose variance lies in
-                few of them; `none` scales only
+    normalise   `mean` takes the mean off and scales all numbers alike; `standardise` scales each by itself, for models whose variance
+                lies in few of them; `none` scales only
     centre      b_dec at first: "mean", or "median" (geometric)
     groups      shares of the latents (matryoshka)
     band        of jumprelu's rectangle;  penalty: the weight of |L0 / k - 1|^2 at the end
@@ -109,8 +110,8 @@ class Step(NamedTuple):
 
 
 class Trainer:
-    """A sparse autoencoder while it learns, in float32 on the device of `sample`: some thousands of vectors (N, d), from which mean, scale and
-    variance are taken and kept. The same settings, sample and batches give the same numbers (on a CPU, bit for bit).
+    """A sparse autoencoder while it learns, in float32 on the device of `sample`: some thousands of vectors (N, d), from which mean, scale
+    and variance are taken and kept. The same settings, sample and batches give the same numbers (on a CPU, bit for bit).
     """
 
     def __init__(self, settings: Settings, sample: torch.Tensor):
@@ -131,7 +132,7 @@ class Trainer:
         middle = sample.mean(0) if settings.centre == "mean" else geometric_median(sample)
         self.learnt = {"W_enc": rows.clone(), "b_enc": rows.new_zeros(settings.n), "W_dec": rows, "b_dec": middle}
         if settings.kind == JUMPRELU:
-            # Each exceeded as often as k of n are: begun lower, the many active latents learn to share a vector, and do not come apart again.
+            # Each exceeded as often as k of n are: begun lower, many active latents learn to share a vector and do not come apart again.
             pre = (sample[:FEW] - middle) @ rows.T
             first = pre.quantile(1 - settings.k / settings.n, dim=0).clamp_min(settings.band)
             self.learnt["log_threshold"] = first.log()
@@ -264,8 +265,8 @@ class Trainer:
 
 
 def auxiliary_loss(pre: torch.Tensor, error: torch.Tensor, dead: torch.Tensor, W_dec: torch.Tensor, variance: float) -> torch.Tensor:
-    """|e^ - e|^2 / V, where e (B, d) = x - x^ without a gradient, and e^ the dead latents' greatest half of d pre-activations (B, n), decoded
-    without a bias. Few dead latents count for less. dead (n,) bool, of which at least one holds.
+    """|e^ - e|^2 / V, where e (B, d) = x - x^ without a gradient, and e^ the dead latents' greatest half of d pre-activations (B, n),
+    decoded without a bias. Few dead latents count for less. dead (n,) bool, of which at least one holds.
     """
     count, most = int(dead.sum()), max(1, error.shape[-1] // 2)
     # -inf, not 0: among zeros the choice would fall on living latents as well.
@@ -346,7 +347,7 @@ class Metrics(NamedTuple):
     l0       latents active per vector
     dead     share of the latents that never fired
     cosine   mean cosine of x and x^
-    density  (BINS,) latents by how often they fire, from once in a million to always, in equal steps of the logarithm; the dead are left out
+    density  (BINS,) latents by how often they fire, from once in a million to always, in equal steps of the logarithm; not the dead
     """
 
     fvu: float
@@ -399,8 +400,8 @@ def measure(sae: SAE, batches: Iterable[torch.Tensor]) -> Measured:
 
 
 class Ring:
-    """Vectors in memory of a fixed size, drawn at random, each once: what was drawn makes room for new ones. Drawing from many pictures' vectors
-    at a time is what keeps a batch from being one picture.
+    """Vectors in memory of a fixed size, drawn at random, each once: what was drawn makes room for new ones. Drawing from many pictures'
+    vectors at a time is what keeps a batch from being one picture.
 
     size: how many fit. Vectors are kept in the type in which the first come.
     """

@@ -144,6 +144,7 @@ PLUMBING = {
     "ConceptNodes_LabPairs": "draws pictures; test_lab_scenes.py holds what they are",
     "ConceptNodes_SliderSweep": "a list of what Slider makes; test_sweep.py holds that each is",
     "ConceptNodes_Filter": "encodes a text; test_filter.py holds that nothing to do is the host's own encoding, bit for bit",
+    "ConceptNodes_SAELoader": "loads a file; test_sae_files.py holds what it loads",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
     "ConceptNodes_RunReport": "passes a latent on; test_run_report.py holds that it is the same object",

@@ -210,8 +210,9 @@ def packed(count, d, seed=0):
 
 
 class World:
-    """Vectors x = sum a_i g_i of 3 of 64 directions in 32 dimensions, a from .7 to 1.3. The directions lie apart (cosines up to .17) because an
-    encoder is one matrix: begun at the truth, random ones (cosines up to .6) with a from .5 to 1.5 leave .044 of the variance whatever is learnt.
+    """Vectors x = sum a_i g_i of 3 of 64 directions in 32 dimensions, a from .7 to 1.3. The directions lie apart (cosines up to .17)
+    because an encoder is one matrix: begun at the truth, random ones (cosines up to .6) with a from .5 to 1.5 leave .044 of the variance
+    whatever is learnt.
     """
 
     def __init__(self, seed=0, count=64, d=32, active=3):
