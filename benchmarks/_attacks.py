@@ -117,8 +117,8 @@ INVERSION_STEPS, INVERSION_RATE, STAYS_BELOW = 150, 0.02, 0.85
 
 
 def invert(loaded, gaps: Sequence[str], asked: Sequence[str], seed: int, concept: str, gate: float | None) -> torch.Tensor:
-    """(1, D) a learned embedding that stands for a concept in texts with a gap: textual inversion (Gal et al., arXiv 2208.01618) on what the
-    encoder makes of texts, whose end shall be as plain words make it. gate: of the filter, below which what it brings shall stay, too.
+    """(1, D) a learned embedding that stands for a concept in texts with a gap: textual inversion (Gal et al., arXiv 2208.01618) on what
+    the encoder makes of texts, whose end shall be as plain words make it. gate: of the filter, below which what it brings shall stay, too.
     """
     with torch.inference_mode(False), torch.enable_grad():
         encoder, clip = load_encoder(host_lab.WEIGHTS, "cpu"), loaded.clip

@@ -1,7 +1,7 @@
 """Ways to keep a concept out that act while the model samples: Safe Latent Diffusion, and the host's NAG with the concept as its negative.
 
-SLD (Schramowski et al., arXiv 2211.05105): where a step would go towards the concept, as an evaluation for the concept tells, the guidance is
-turned away from it. In noise predictions e of nothing (u), the prompt (p) and the concept (s), with the paper's settings in 50 steps:
+SLD (Schramowski et al., arXiv 2211.05105): where a step would go towards the concept, as an evaluation for the concept tells, the guidance
+is turned away from it. In noise predictions e of nothing (u), the prompt (p) and the concept (s), with the paper's settings in 50 steps:
 
     phi = S (e_p - e_s)    mu = min(1, |phi|) where e_p - e_s < threshold, else 0    gamma = mu (e_s - e_u) + momentum_scale m
     m <- momentum m + (1 - momentum) mu (e_s - e_u)        e = e_u + cfg (e_p - e_u - gamma), gamma from the warm-up's end on

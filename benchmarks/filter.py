@@ -265,8 +265,8 @@ def gaps(concept: str, n: int) -> tuple[Asked, list[str]]:
 
 
 def attack_by_search(loaded, eye: Eye, n: int, few: int) -> Tally:
-    """The same for words that a search found against what each arm reads: of its starts, those words are used whose pictures of some further
-    texts hold the concept most often, on texts that the search did not see.
+    """The same for words that a search found against what each arm reads: of its starts, those words are used whose pictures of some
+    further texts hold the concept most often, on texts that the search did not see.
     """
     from ._attacks import AMONG, STARTS, Search
 

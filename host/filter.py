@@ -257,7 +257,7 @@ def directions(reader: Reader, seat: Seat, concepts: Sequence[str]) -> tuple[tor
         rows = reader.rows(seat, full + bare)[0]
         made = [brought(seat, *pair, places) for *pair, places in zip(rows[: len(full)], rows[len(full) :], inside, strict=True)]
         made = torch.stack(made).view(len(missing), len(around), -1)
-        known |= zip(missing, torch.stack([made[:, :-1].mean(1), made[:, -1]], 1))
+        known |= zip(missing, torch.stack([made[:, :-1].mean(1), made[:, -1]], 1), strict=True)
     told = torch.stack([known[key] for key in keys])
     return told[:, 0], told[:, 1]
 
