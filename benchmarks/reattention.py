@@ -32,10 +32,10 @@ N, SAMPLE = 48, 12  # texts a concept: in full, in a check
 def measure_one(loaded, eye: Eye, way: str, concept: str, n: int) -> dict[str, list[float]]:
     """What pictures of one concept hold, picture by picture: without, with."""
     asked = requests(concept, "plain", n)
-    filtered, original = (ARMS[arm].contexts(loaded.clip, list(asked), concept) for arm in (way, "none"))
-    model = FilterReattention.execute(loaded.model, [[original, {}]], 1.0, 0.0, 1.0).result[0]
+    filtered, original = (ARMS[arm].prompts(loaded.clip, list(asked), concept) for arm in (way, "none"))
+    model = FilterReattention.execute(loaded.model, [[original.contexts, {}]], 1.0, 0.0, 1.0).result[0]
     found: dict[str, list[float]] = {}
-    both = [draw(of, filtered, "", CFG, batch=n) for of in (loaded, loaded._replace(model=model))]
+    both = [draw(of, filtered, ARMS[way], concept, CFG, batch=n) for of in (loaded, loaded._replace(model=model))]
     for name, pictures in zip(("", "_with"), both, strict=True):
         readings = eye.read(pictures)
         found |= {

@@ -150,7 +150,8 @@ def run_benchmark(options) -> int:
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
     passed += ["--released", str(options.released.absolute())] if options.released else []
-    return Ready(tools=options.released is not None).inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
+    needs_tools = options.released is not None or (options.name == "filter" and not options.check)
+    return Ready(tools=needs_tools).inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
 
 
 def run_lab(options) -> int:

