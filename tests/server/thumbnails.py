@@ -20,6 +20,8 @@ VARIED = {
     "slider": ("2", "strength", (-2.0, -1.0, 1.0, 2.0)),
     "slider_prompts": ("2", "strength", (-1.5, -0.5, 0.5, 1.5)),
     "filter": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
+    "steer": ("3", "strength", (0.0, 0.75, 1.5, 2.0)),
+    "maps": ("6", "seed", (7, 8, 9, 10)),
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
     "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
     "regions_characters": ("12", "seed", (1, 2, 3, 4)),
@@ -59,7 +61,7 @@ def picture(client: Client, graph: dict) -> np.ndarray:
     run = client.run(graph)
     if run.end != "execution_success":
         raise RuntimeError(run.error)
-    drawn = Image.fromarray(pixels(client.pictures(run)[0]))
+    drawn = Image.fromarray(pixels(client.pictures(run)[-1]))  # of several, what the example is about comes last
     return np.asarray(drawn.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
