@@ -7,8 +7,22 @@ import torch
 
 from concept_nodes.benchmarks import _english
 from concept_nodes.host import lab
-from concept_nodes.host.encoders import FILLER, EncoderError, Reader, ends, seats, windows_of, without, words
-from concept_nodes.host.filter import GATE, METHODS, OURS, PAPER, RELEASED, FilterError, Prompt, Settings, directions, keep_out, listed
+from concept_nodes.host.encoders import FILLER, EncoderError, Reader, Seat, brought, ends, seats, windows_of, without, words
+from concept_nodes.host.filter import (
+    GATE,
+    METHODS,
+    OURS,
+    PAPER,
+    RELEASED,
+    Ear,
+    FilterError,
+    Prompt,
+    Settings,
+    directions,
+    find,
+    keep_out,
+    listed,
+)
 from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.filter import PRESETS, Filter
 
@@ -486,6 +500,29 @@ def test_the_node_tells_what_it_did(lab_clip):
 # --- what is drawn ----------------------------------------------------------------------------------------------------------------
 
 COLOUR_OF = ("red", "crimson", "ruby", "the colour of blood")
+
+
+def test_a_few_words_may_bring_a_concept_together(lab_clip):
+    """Words that a search found: none of them brings enough, and in a text without them nothing is flagged."""
+    seat, reader = seats(lab_clip)[0], Reader(lab_clip)
+    text = "an icon of a medium outlined {} circle in the bottom left corner over a black backdrop, in neon style"
+    prompt = Prompt(lab_clip, text.format("turns denim video pumpkin c"))
+    found = find(reader, seat, prompt, ["red"], GATE)
+    assert len({one.word.text for one in found}) >= 2 and "turns" in [one.word.text for one in found]
+    window, ear = prompt.windows[seat.key][0], Ear(reader, seat, ["red"])
+    for one in found:
+        with_it, without_it = reader.rows(seat, [window, without(window, one.word.at)])[0]
+        assert ear.amount(brought(seat, with_it, without_it, one.word.at)[None], 0.0) < GATE
+    assert not find(reader, seat, Prompt(lab_clip, text.format("blue")), ["red"], GATE)
+
+
+def test_what_words_bring_to_rows():
+    """A CLIP's rows behind the words, a T5's all: by hand."""
+    clip, t5 = (Seat("x", "x", None, False, None, causal) for causal in (True, False))
+    rows, less = torch.arange(10.0).view(5, 2) ** 2, torch.zeros(5, 2)
+    assert torch.equal(brought(clip, rows, less, [1, 2]), rows[3:].mean(0))
+    assert torch.equal(brought(clip, rows, less, [1, 3]), rows[[2, 4]].mean(0))
+    assert torch.equal(brought(t5, rows, less, [1]), rows[:4].sum(0))
 
 
 def test_words_are_found_in_english():
