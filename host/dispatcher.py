@@ -387,7 +387,9 @@ class Run:
             self.joint, self._told, self._around = None, None, []
             self._open.append(None)
             return []
-        key = (active, call.x.device, call.model.get_dtype_inference())
+        # Effects without parts (texts, isolation, what only adds a call) come and go from call to call, and join nothing.
+        with_parts = tuple(index for index in active if self.acting[index].parts)
+        key = (with_parts, call.x.device, call.model.get_dtype_inference())
         if key != self._key:
             self._acts = {name: self._join(name, *key) for name in self.modules}
             self._key, self._told = key, None

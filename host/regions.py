@@ -56,6 +56,10 @@ class Unwanted(NamedTuple):
     concepts: tuple[str, ...]
     settings: Settings
 
+    def idle(self) -> str | None:
+        """Why it does nothing, or None."""
+        return self.settings.idle(self.concepts)
+
 
 class Reading(NamedTuple):
     """What a region reads in a part of sampling: by condition, a text of its own in the common one's place."""
@@ -97,9 +101,15 @@ class Regions:
         return replace(self, hung={**self.hung, name: (*self.hung.get(name, ()), lora)})
 
     def with_filter(self, name: str, unwanted: Unwanted) -> Regions:
-        """Keep concepts out of a region. A second filter adds its concepts; raises RegionsError where it works another way."""
+        """Keep concepts out of a region. A second filter adds its concepts; raises RegionsError where it works another way. One that does
+        nothing gives way to the other.
+        """
         self.check_name(name)
         before = self.filters.get(name, unwanted)
+        if unwanted.idle() and name in self.filters:
+            return self
+        if before.idle():
+            before = unwanted
         if before.settings != unwanted.settings:
             raise RegionsError(
                 f"Region '{name}' has a filter with other settings already. Set both alike, or write all concepts into one of them."
@@ -309,7 +319,7 @@ def _readings(
     texts = {name: own.encode_from_tokens(own.tokenize(text)) for name, text in wanted.items()}
     if unwanted is None:
         return [Reading(texts)], []
-    idle = unwanted.settings.idle(unwanted.concepts)
+    idle = unwanted.idle()
     if idle:
         return [Reading(texts)], [f"Filter of '{region.name}': nothing done, {idle}."]
     if named:

@@ -66,7 +66,7 @@ class RunRecord(NamedTuple):
 
     def _told(self, effect: EffectRecord) -> str:
         if effect.sigmas is None:
-            return "never acted, no step lay in its window"
+            return "never acted: no step lay in its window, or it found nothing to do"
         if effect.steps is None:
             return f"acted in {effect.calls} of {self.calls} model calls, {_between(effect.sigmas)}"
         return f"acted in {effect.steps} of {self.steps} steps ({effect.calls} calls), {_between(effect.sigmas)}"

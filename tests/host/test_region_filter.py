@@ -203,6 +203,12 @@ class TestNothing:
         model = RegionsApply.execute(loaded.model, [], [], kept_out(halves("", ""), strength=0.0)).result[0]
         assert model is loaded.model
 
+    def test_gives_way_to_another_filter(self):
+        """In either order."""
+        one = kept_out(halves())
+        for both in (kept_out(one, strength=0.0), kept_out(kept_out(halves(), strength=0.0))):
+            assert both.filters == one.filters
+
     def test_is_done_to_the_list_that_came(self):
         regions = halves()
         kept_out(regions)
