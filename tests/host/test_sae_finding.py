@@ -12,7 +12,7 @@ from concept_nodes.host.feature_sites import text_sites, width_at
 from concept_nodes.host.features import FeaturesError
 from concept_nodes.host.sae_files import SAEFile
 from concept_nodes.host.sae_finding import SCORES, SHARE, Reading, Wish, find_in_model
-from concept_nodes.host.text_steering import captured
+from concept_nodes.host.text_steering import captured, score
 from concept_nodes.nodes.features import SAEFind
 from concept_nodes.nodes.steering import SteerModel, SteerText
 from concept_nodes.ops.sae import BATCH_TOPK, JUMPRELU, RELU, SAE, TOPK
@@ -203,6 +203,19 @@ def test_means_in_a_model_are_those_of_the_codes():
     chosen = [int((sae.directions(torch.arange(sae.n)) == row).all(1).nonzero()) for row in found.directions]
     for rows, table in zip(seen, (found.positive, found.negative), strict=True):
         torch.testing.assert_close(table[0], sae.encode(rows.flatten(2).mT[0]).mean(0)[chosen], **CLOSE)
+
+
+def test_a_texts_score_counts_latents_by_what_they_add(clip, planted):
+    """One that hardly fires on the concept's own prompts and much on another text must not pass that text for the concept."""
+    found, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 2, "").result
+    rows, content = captured(clip, text_sites(clip, SITE), clip.tokenize("a small blue star"))
+    lengths, unit = found.directions.norm(dim=1), found.unit
+    z = planted.sae.encode(rows[content])[
+        :, [int((planted.sae.W_dec * planted.sae.std == row).all(1).nonzero()) for row in found.directions]
+    ]
+    assert score(found, rows, content) == pytest.approx(float((z @ lengths).max() / (unit @ lengths)), rel=1e-4)
+    alone, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 1, "").result
+    assert score(alone, rows, content) == pytest.approx(float(z[:, 0].max() / unit[0]), rel=1e-4, abs=1e-6)
 
 
 class TestRefusals:
