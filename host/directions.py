@@ -4,7 +4,7 @@ sampled (the baseline that sparse autoencoders have to beat; CASteer, arXiv 2503
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -14,7 +14,7 @@ import torch
 from ..ops.steering import mean_difference, threshold
 from .dispatcher import Call, Effect, attach
 from .families import family_of
-from .feature_sites import AUTO, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
+from .feature_sites import AUTO, TextSite, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 from .places import Place
 from .steering import _rows, everywhere
@@ -57,13 +57,8 @@ def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], p
     """At a block of a text encoder. Raises FeaturesError, EncoderError."""
     site = default_text_site(clip) if site == AUTO else site
     sites = text_sites(clip, site)
-    notes = [f"{note[0].upper()}{note[1:]}" for note in filter(None, (skipped(clip, one) for one in sites))]
-    read = {text: captured(clip, sites, clip.tokenize(text)) for text in dict.fromkeys((*positive, *negative))}
-    for text, (rows, content) in read.items():
-        if not bool(content.any()):
-            raise FeaturesError(f"The prompt '{text}' has no words. Take it out.")
-        if not bool(rows.isfinite().all()):
-            raise FeaturesError(f"{site} gives NaN or infinity for '{text}'. Load the text encoder in another type, or take another site.")
+    notes = notes_of(clip, sites)
+    read = read_texts(clip, sites, (*positive, *negative))
     if pooling == POSITIONS:
         length = min(rows.shape[1] for rows, _ in read.values())
         means = {text: rows[0, :length] for text, (rows, _) in read.items()}
@@ -98,15 +93,40 @@ def in_text(clip, site: str, positive: Sequence[str], negative: Sequence[str], p
         fingerprint="+".join(fingerprint(one.module) for one in sites),
         prompts=(tuple(positive), tuple(negative)),
     ).checked()
-    scores = [torch.tensor([score(features, *read[text]) for text in side]) for side in (positive, negative)]
-    features = features._replace(gate=threshold(*scores))
-    apart = "They lie apart" if float(scores[0].min()) > float(scores[1].max()) else "They do not lie apart"
+    features, told = gated(features, read)
     report = [
         *notes,
-        f"Scores with the concept {_span(scores[0])}, without {_span(scores[1])}. {apart}; the gate is {features.gate:.2f}.",
+        told,
         f"The difference is {float(unit.norm() / with_it.norm(dim=1)[there].norm()):.0%} of the rows' length.",
     ]
     return Found(features, report)
+
+
+def notes_of(clip, sites: Sequence[TextSite]) -> list[str]:
+    """What to tell of blocks that clip skip leaves out. Raises FeaturesError where nothing would come of them."""
+    return [f"{note[0].upper()}{note[1:]}" for note in filter(None, (skipped(clip, one) for one in sites))]
+
+
+def read_texts(clip, sites: Sequence[TextSite], texts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What `captured` gives for each text. Raises FeaturesError for one without words, and for rows that are no numbers."""
+    read = {text: captured(clip, sites, clip.tokenize(text)) for text in dict.fromkeys(texts)}
+    for text, (rows, content) in read.items():
+        if not bool(content.any()):
+            raise FeaturesError(f"The prompt '{text}' has no words. Take it out.")
+        if not bool(rows.isfinite().all()):
+            called = "+".join(f"{one.seat.part}.{one.block}" for one in sites)
+            raise FeaturesError(
+                f"{called} gives NaN or infinity for '{text}'. Load the text encoder in another type, or take another site."
+            )
+    return read
+
+
+def gated(features: Features, read: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[Features, str]:
+    """Features with the gate between the scores of their own texts, and what to tell of it."""
+    scores = [torch.tensor([score(features, *read[text]) for text in side]) for side in features.prompts]
+    features = features._replace(gate=threshold(*scores))
+    apart = "They lie apart" if float(scores[0].min()) > float(scores[1].max()) else "They do not lie apart"
+    return features, f"Scores with the concept {_span(scores[0])}, without {_span(scores[1])}. {apart}; the gate is {features.gate:.2f}."
 
 
 def _span(scores: torch.Tensor) -> str:
@@ -116,11 +136,19 @@ def _span(scores: torch.Tensor) -> str:
 # --- in the model -----------------------------------------------------------------------------------------------------------------
 
 
+def mean_rows(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """(pictures, d)"""
+    return (x * share[..., None]).sum(1) / share.sum(1)[:, None]
+
+
 class Tapped(NamedTuple):
-    """What is placed on a block to keep the means of its rows: `sink` takes (sigma, (pictures, d))."""
+    """What is placed on a block to keep what `pool` makes of its rows (pictures, T, d) and their shares (pictures, T), at first their
+    means: `sink` takes (sigma, (pictures, ...)).
+    """
 
     sink: Callable[[float, torch.Tensor], None]
     io: str
+    pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mean_rows
 
     @classmethod
     def join(cls, parts: Sequence[Tapped], module, device, dtype) -> Tap:
@@ -128,7 +156,7 @@ class Tapped(NamedTuple):
 
 
 class Tap:
-    """Means over the rows that have a share, for each picture that has any."""
+    """What is made of the rows of each picture in which any has a share."""
 
     def __init__(self, parts: Sequence[Tapped]):
         self.parts = parts
@@ -146,8 +174,8 @@ class Tap:
             share = torch.nn.functional.pad(share, (0, rows.shape[1] - share.shape[-1])).expand(len(rows), -1)
             counts = share.sum(1) > 0
             x = rows - given if part.io == DIFF else rows
-            means = (x * share[..., None]).sum(1)[counts] / share.sum(1)[counts, None]
-            part.sink(sigma, means.cpu())
+            if bool(counts.any()):
+                part.sink(sigma, part.pool(x[counts], share[counts]).cpu())
         return output
 
 
@@ -156,8 +184,8 @@ class TapEffect(Effect):
 
     text = "none"
 
-    def __init__(self, parts: Mapping[str, Tapped], sigmas: Sequence[float]):
-        super().__init__("Find Direction", parts)
+    def __init__(self, parts: Mapping[str, Tapped], sigmas: Sequence[float], name: str = "Find Direction"):
+        super().__init__(name, parts)
         self.sigmas = sigmas
         self.place = Place(everywhere, factors=lambda name: 0.0 if "negative" in name else 1.0)
 
@@ -175,14 +203,8 @@ def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negativ
     """
     sites = model_sites(patcher.model, site)
     modules = [checked_site(patcher.model, one, io) for one in sites]
-    schedule = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), SCHEDULER, runs.steps)[:-1].tolist()
-    at = torch.linspace(0, len(schedule) - 1, min(runs.levels, len(schedule))).round().long().unique().tolist()
-    levels = [schedule[number] for number in at]
-
-    encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in ("", *positive, *negative)}
-    bar = comfy.utils.ProgressBar((len(positive) + len(negative)) * runs.pictures * runs.steps)
-    texts = [[encoded[text] for text in side] for side in (positive, negative)]
-    sides = [_means(patcher, modules, io, levels, side, encoded[""], runs, bar) for side in texts]
+    levels = levels_of(patcher, runs)
+    sides = pooled_sides(patcher, clip, modules, io, levels, (positive, negative), runs)
     prompts = tuple(positive), tuple(negative)
     found, right = [], {}
     for one, module in zip(sites, modules, strict=True):
@@ -198,6 +220,33 @@ def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negativ
         f"It tells pictures with the concept from those without in {sum(right.values()) / len(right):.0%} of the pairs{told}.",
     ]
     return Found(found[0]._replace(more=tuple(found[1:])), report)
+
+
+def levels_of(patcher, runs: Runs) -> list[float]:
+    """The noise levels at which rows are kept, spread evenly over the steps."""
+    schedule = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), SCHEDULER, runs.steps)[:-1].tolist()
+    at = torch.linspace(0, len(schedule) - 1, min(runs.levels, len(schedule))).round().long().unique().tolist()
+    return [schedule[number] for number in at]
+
+
+def pooled_sides(
+    patcher, clip, modules: Sequence[str], io: str, levels: Sequence[float], sides: Sequence[Sequence[str]], runs: Runs, pool=mean_rows
+) -> list[dict[str, torch.Tensor]]:
+    """For each side's prompts what `pool` makes of each module's rows, (S, pictures, ...): the same noise for the same number whatever
+    the texts.
+    """
+    encoded = {
+        text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in ("", *(text for side in sides for text in side))
+    }
+    bar = comfy.utils.ProgressBar(sum(map(len, sides)) * runs.pictures * runs.steps)
+    found = []
+    for side in sides:
+        kept: dict[str, dict[float, list[torch.Tensor]]] = {module: {level: [] for level in levels} for module in modules}
+        effect = TapEffect({module: Tapped(_keep(kept[module]), io, pool) for module in modules}, levels)
+        for _ in sampled(patcher, effect, [encoded[text] for text in side], encoded[""], runs, bar):
+            pass
+        found.append({module: torch.stack([torch.cat(by[level]) for level in levels]) for module, by in kept.items()})
+    return found
 
 
 def _between(site: str, with_it: torch.Tensor, without: torch.Tensor) -> tuple[Features, float]:
@@ -218,13 +267,10 @@ def _between(site: str, with_it: torch.Tensor, without: torch.Tensor) -> tuple[F
     return features, float((of[0][:, None] > of[1][None]).float().mean())
 
 
-def _means(
-    patcher, modules: Sequence[str], io: str, levels: Sequence[float], texts: Sequence, empty, runs: Runs, bar
-) -> dict[str, torch.Tensor]:
-    """(S, pictures, d) means of each module's rows in pictures of encoded texts, the same noise for the same number whatever the texts."""
-    kept: dict[str, dict[float, list[torch.Tensor]]] = {module: {level: [] for level in levels} for module in modules}
+def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) -> Iterator[int]:
+    """Sample pictures of encoded texts with an effect on a clone of a MODEL; gives how many, after each batch."""
     listening = patcher.clone()
-    attach(listening, TapEffect({module: Tapped(_keep(kept[module]), io) for module in modules}, levels))
+    attach(listening, effect)
     asked = [(number, text) for number in range(runs.pictures) for text in texts]
     down = patcher.model.latent_format.spacial_downscale_ratio
     for batch in _alike(asked):
@@ -235,11 +281,12 @@ def _means(
             [[torch.cat([context for context, _ in side]), _pooled([pooled for _, pooled in side])]]
             for side in ([text for _, text in batch], [empty] * len(batch))
         ]
-        comfy.sample.sample(
-            listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
-            callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
-        )  # fmt: skip
-    return {module: torch.stack([torch.cat(found[level]) for level in levels]) for module, found in kept.items()}
+        with torch.inference_mode():  # closed again before the caller goes on, who may train
+            comfy.sample.sample(
+                listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
+                callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
+            )  # fmt: skip
+        yield len(batch)
 
 
 def _keep(kept: dict[float, list[torch.Tensor]]) -> Callable[[float, torch.Tensor], None]:

@@ -156,6 +156,8 @@ def _save(path: Path, state: Mapping[str, torch.Tensor], header: dict[str, str])
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part, metadata=header)
         part.replace(path)
+    except SafetensorError as error:  # which is what a full disk is to safetensors
+        raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -65,10 +65,11 @@ def train(
     file: Path | None = None,
     device: torch.device | str | None = None,
     each: Callable[[int, Step], None] = lambda step, seen: None,
+    broken_off: Callable[[SAE, list[Step]], None] = lambda sae, steps: None,
 ) -> Outcome:
     """Train to the last step on vectors from `source`, in batches (N, d) of any N; where they end, those in memory come again. `each` is
-    called after every step and may raise to cancel. identity: what the training is of; a checkpoint in `file` of another one is not
-    resumed.
+    called after every step and may raise to cancel; `broken_off` then takes what there is, if a step was done. identity: what the training
+    is of; a checkpoint in `file` of another one is not resumed.
 
     A resumed training goes on with the same weights on new vectors of the source: the ring is not kept, being gigabytes. Raises
     TrainingError where the source has too few vectors, ValueError for settings and vectors that cannot be worked with.
@@ -99,6 +100,8 @@ def train(
                 each(number, seen)
         except BaseException:
             _save(trainer, steps, file, identity)
+            if steps:
+                broken_off(trainer.sae(), steps)
             raise
         if flow.rounds:
             told.append(f"The source ended after {flow.seen} vectors; those in memory were trained on {flow.rounds + 1} times.")
@@ -112,12 +115,14 @@ class _Flow:
     """Vectors from a source through a ring. seen: how many came; rounds: how often those in memory were begun again."""
 
     def __init__(self, source: Iterator[torch.Tensor], size: int, seed: int):
-        self.source, self.ring = iter(source), Ring(size, seed)
+        self.source, self.ring, self.seed = iter(source), Ring(size, seed), seed
         self.rest: torch.Tensor | None = None
         self.seen, self.rounds, self.ended = 0, 0, False
 
     def held_out(self) -> torch.Tensor:
-        """The vectors that are kept from training: every sixteenth of the first that come, so that they are not of one picture."""
+        """The vectors that are kept from training: a sixteenth of the first that come, so that they are not of one picture. By lot: every
+        sixteenth of prompts with four words each would be one word.
+        """
         wanted = max(2, min(HELD_OUT, self.ring.size // 16))
         first, count = [], 0
         while count < 16 * wanted and (more := self._next()) is not None:
@@ -126,7 +131,8 @@ class _Flow:
         if count < 32:
             raise TrainingError(f"The source has {count} vectors, which is too few. Collect from more prompts, steps or tokens.")
         first = torch.cat(first)
-        chosen = torch.arange(len(first)) % 16 == 0
+        chosen = torch.zeros(len(first), dtype=torch.bool)
+        chosen[torch.randperm(len(first), generator=torch.Generator().manual_seed(self.seed))[: -(-len(first) // 16)]] = True
         self.source = itertools.chain([first[~chosen]], self.source)
         self.seen, self.ended = 0, False
         return first[chosen].float()

@@ -194,7 +194,13 @@ def score(features: Features, rows: torch.Tensor, content: torch.Tensor) -> floa
     together where the features are of these.
     """
     scale, operand = features.scale(0.0), features.operand()
-    amounts = (operand.activations(rows) - scale.zero) / scale.unit.abs().clamp_min(1e-12) * features.weights
+    amounts = (operand.activations(rows) - scale.zero) * features.weights
+    if features.readers is None:
+        amounts = amounts / scale.unit.abs().clamp_min(1e-12)
+    else:
+        # By what each adds: counted in units of their own, latents that hardly fire on the concept would outweigh its best.
+        lengths = features.directions.norm(dim=1)
+        amounts = amounts * lengths / (scale.unit * features.weights * lengths).sum().abs().clamp_min(1e-12)
     if features.positions is not None:
         at = torch.arange(rows.shape[1])[:, None]
         amounts = torch.where((features.positions == at) | (features.positions < 0), amounts, 0.0)

@@ -131,6 +131,29 @@ def tuning_inputs() -> list:
     ]
 
 
+def picture_inputs(where: str) -> list:
+    """Of pictures that are sampled to look into the model."""
+    return [
+        io.Int.Input("width", default=512, min=16, max=4096, step=8, optional=True, tooltip=f"{where}: width of the pictures sampled."),
+        io.Int.Input("height", default=512, min=16, max=4096, step=8, optional=True, tooltip=f"{where}: their height."),
+        io.Int.Input("steps", default=12, min=1, max=200, optional=True, tooltip=f"{where}: steps of sampling, by Euler."),
+        io.Float.Input(
+            "cfg", default=4.0, min=0.0, max=30.0, step=0.5, optional=True, tooltip=f"{where}: CFG of the sampling. 1 for Flux."
+        ),
+        io.Int.Input("levels", default=4, min=1, max=50, optional=True, tooltip=f"{where}: at how many noise levels activations are kept."),
+        io.Int.Input("pictures", default=2, min=1, max=64, optional=True, tooltip=f"{where}: pictures of each prompt."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=False,
+            optional=True,
+            tooltip="The same seed, the same file.",
+        ),
+    ]
+
+
 class Asked(NamedTuple):
     """How to steer, as the nodes' inputs say it."""
 
@@ -226,27 +249,7 @@ class DirectionFind(io.ComfyNode):
                     advanced=True,
                     tooltip="'model': what the block gives (out), or what it adds to what it was given (diff, UNets' blocks).",
                 ),
-                io.Int.Input(
-                    "width", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': width of the pictures sampled."
-                ),
-                io.Int.Input("height", default=512, min=16, max=4096, step=8, optional=True, tooltip="'model': their height."),
-                io.Int.Input("steps", default=12, min=1, max=200, optional=True, tooltip="'model': steps of sampling, by Euler."),
-                io.Float.Input(
-                    "cfg", default=4.0, min=0.0, max=30.0, step=0.5, optional=True, tooltip="'model': CFG of the sampling. 1 for Flux."
-                ),
-                io.Int.Input(
-                    "levels", default=4, min=1, max=50, optional=True, tooltip="'model': at how many noise levels activations are kept."
-                ),
-                io.Int.Input("pictures", default=2, min=1, max=64, optional=True, tooltip="'model': pictures of each prompt."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=False,
-                    optional=True,
-                    tooltip="The same seed, the same file.",
-                ),
+                *picture_inputs("'model'"),
             ],
             outputs=[
                 io.Custom(CONCEPT_FEATURES).Output("features", display_name="features", tooltip="For Steer Text or Steer Model."),

@@ -131,6 +131,17 @@ class SAE(NamedTuple):
         rows = self.W_dec[indices].float()
         return rows if self.std is None else rows * self.std.to(rows)
 
+    def readers(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """((m, d) rows, (m,) bias) that read latents `indices` (m,) off vectors as they are: <x, row> + bias is their pre-activation, with
+        norms and centring made part of both. Folded in float64, given in float32.
+        """
+        rows, bias = self.W_enc[indices].double(), self.b_enc[indices].double()
+        if self.center:
+            bias = bias - rows @ self.b_dec.double()
+        rows = rows if self.std is None else rows / self.std.double()
+        bias = bias if self.mean is None else bias - rows @ self.mean.double()
+        return rows.float(), bias.float()
+
     def delta(self, change: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
         """(..., d) what a change of the codes (..., n) adds to a vector as it is; with `indices` (m,) a change (..., m) of these alone."""
         weight = self.W_dec if indices is None else self.W_dec[indices]

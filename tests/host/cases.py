@@ -203,6 +203,8 @@ PLUMBING = {
     "ConceptNodes_Filter": "encodes a text; test_filter.py holds that nothing to do is the host's own encoding, bit for bit",
     "ConceptNodes_DirectionFind": "finds numbers; test_steering.py holds what they are",
     "ConceptNodes_SteerText": "encodes a text; test_steering.py holds that nothing to do is the host's own encoding, bit for bit",
+    "ConceptNodes_SAEFind": "finds numbers; test_sae_finding.py holds what they are, and that steering by them is the autoencoder's own",
+    "ConceptNodes_SAETrain": "trains a file; test_sae_train.py holds what it is",
     "ConceptNodes_SAELoader": "loads a file; test_sae_files.py holds what it loads",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",
     "ConceptNodes_LabLoader": "loads a model with the host's own classes; what it loads is tested in test_lab*.py",
