@@ -36,7 +36,7 @@ DEFAULT, ALL = "default", "all"
 class Group(NamedTuple):
     """What was seen in one layer, or in all layers of a UNet on one grid.
 
-    entry   number of the prompt among the positive ones (0 where they are not combined)
+    entry   number of the prompt among the guider's positive ones (0 where they are not combined)
     source  ATTENTION: shares of a position's attention; CONCEPTS: products of attention outputs
     layer   its name in reports
     grid    height and width of its positions
@@ -386,6 +386,9 @@ class CaptureEffect(Effect):
         known = True
         for _, uuid, area in (positive := self._positive(call)):
             with self.found.lock:
+                if not self.found.entries:
+                    # The guider's order: the host takes the chunks of a call from the end, and some prompts late.
+                    self.found.entries = [uuid for uuid, name in self.sampling.names.items() if name == POSITIVE]
                 if uuid not in self.found.entries:
                     self.found.entries.append(uuid)
                 entry = self.found.entries.index(uuid)

@@ -125,10 +125,11 @@ def draw(
     stages = _stages(settings)
     used = sum(sum(group.calls[stage] for stage in stages) for group in groups)
     if not used:
-        there = [f"{stage / STAGES:g} to {(stage + 1) / STAGES:g}" for stage in range(STAGES) if any(g.calls[stage] for g in groups)]
-        raise MapsError(
-            f"No step was captured from {settings.start:g} to {settings.end:g} of sampling. There are some in {', '.join(there)}."
-        )
+        every = [group for group in captured.groups if group.source == settings.source]
+        several = len({group.entry for group in every}) > 1
+        which = f" in entry {settings.entry}" if several else ""
+        there = _there(every) if several else _spans(groups)
+        raise MapsError(f"No step was captured from {settings.start:g} to {settings.end:g} of sampling{which}. There are some in {there}.")
     try:
         maps = together([of_group(group, stages, [*bound, *background], length) for group in groups])
     except ValueError:
@@ -153,14 +154,32 @@ def draw(
 
 
 def _chosen(captured: Captured, settings: Settings) -> list[Group]:
-    entries = 1 + max(group.entry for group in captured.groups)
-    if settings.entry > entries:
-        raise MapsError(f"entry is {settings.entry}, and the sampler had {entries} positive prompt(s). Set it to 1 ... {entries}.")
-    groups = [group for group in captured.groups if group.source == settings.source and group.entry == settings.entry - 1]
-    if not groups:
+    every = [group for group in captured.groups if group.source == settings.source]
+    if not every:
         raise MapsError(f"Nothing was captured of the source '{settings.source}'. Concepts are written into Capture Attention.")
+    groups = [group for group in every if group.entry == settings.entry - 1]
+    if not groups:
+        entries = len({group.entry for group in every})
+        raise MapsError(
+            f"entry is {settings.entry}, and the sampler had {entries} positive prompt(s) in the steps that were captured. There is "
+            f"{_there(every)}."
+        )
     finest = max(group.grid[0] * group.grid[1] for group in groups)
     return [group for group in groups if settings.grids == ALL or group.grid[0] * group.grid[1] == finest]
+
+
+def _there(groups: Sequence[Group]) -> str:
+    """The entries that there are, and their parts of sampling."""
+    entries = sorted({group.entry for group in groups})
+    return "; ".join(f"entry {entry + 1}: {_spans([group for group in groups if group.entry == entry])}" for entry in entries)
+
+
+def _spans(groups: Sequence[Group]) -> str:
+    """The parts of sampling that any of the groups has calls in."""
+    held = [any(group.calls[stage] for group in groups) for stage in range(STAGES)]
+    firsts = [stage for stage in range(STAGES) if held[stage] and not (stage and held[stage - 1])]
+    pasts = [stage + 1 for stage in range(STAGES) if held[stage] and not (stage + 1 < STAGES and held[stage + 1])]
+    return ", ".join(f"{first / STAGES:g} to {past / STAGES:g}" for first, past in zip(firsts, pasts, strict=True))
 
 
 def _stages(settings: Settings) -> range:

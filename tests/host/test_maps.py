@@ -191,6 +191,29 @@ class TestWhoseRows:
         # Of unequal length, they go in calls of their own; in one call, the shorter would be repeated.
         assert all(rows % own == 0 for (_, rows), own in zip(sorted(shapes.items()), (7, 9), strict=True))
 
+    def test_entries_are_counted_in_the_guiders_order(self):
+        """Of prompts of one length the host takes a call's chunks from the end."""
+        model, made = models.build(), models.build()
+        positive = models.conditioning(made, 10) + models.conditioning(made, 30)
+        negative, latent = models.conditioning(model, 20), models.latent(model)
+        out = sample(capturing(model), positive, negative, latent, steps=1)
+        for entry, prompt in enumerate(positive):
+            alone = sample(capturing(model), [prompt], negative, latent, steps=1)
+            torch.testing.assert_close(means(group(out, entry=entry)), means(group(alone)), rtol=1e-3, atol=1e-4)
+
+    def test_entries_of_parts_of_sampling(self):
+        """One of the prompts acts in the second half only: it is the second, though the first is the last to be seen."""
+        model = models.build()
+        later, earlier = (
+            nodes.ConditioningSetTimestepRange().set_range(models.conditioning(model, seed), *window)[0]
+            for seed, window in ((10, (0.5, 1.0)), (30, (0.0, 0.5)))
+        )
+        out = sample(capturing(model), later + earlier, models.conditioning(model, 20), models.latent(model), steps=10)
+        assert [any(group(out, entry=entry).calls[:4]) for entry in (0, 1)] == [False, True]
+        bound, captured = [Bound("p", (1,), "")], capture.find(out)
+        with pytest.raises(MapsError, match=r"from 0.5 to 1 .* in entry 2\b.*entry 1: 0.5 to 1; entry 2: 0 to 0.5"):
+            maps.draw(captured, bound, Settings(entry=2), length=7)
+
     def test_area_lies_where_it_is(self):
         model = models.build()
         (part,) = nodes.ConditioningSetArea().append(models.conditioning(model, 11, 9), 64, 32, 0, 32, 1.0)
