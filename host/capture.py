@@ -64,6 +64,15 @@ class Captured(NamedTuple):
     concepts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def pictures(self) -> int:
+        return self.groups[0].maps.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the decoded pictures."""
+        return self.latent[0] * self.scale, self.latent[1] * self.scale
+
     def nbytes(self) -> int:
         return sum(group.maps.nbytes for group in self.groups)
 
@@ -356,7 +365,7 @@ class CaptureEffect(Effect):
     def in_run(self, run: Run) -> CaptureEffect:
         model = run.patcher.model
         copy = CaptureEffect(model, self.layers, *self.window, self.concepts, self.words)
-        copy.sampling = weakref.proxy(run.sampling)  # which holds the run, and with it this
+        copy.sampling, copy.run = weakref.proxy(run.sampling), weakref.proxy(run)  # which hold this
         copy.found = run.sampling.kept.setdefault(self, Found())
         copy.open, copy.indices = [], {}
         jointly = _jointly(model)
@@ -379,12 +388,22 @@ class CaptureEffect(Effect):
                 found.append((chunk, key[0], area))
         return found
 
+    def _reads_its_own(self, chunk: int) -> bool:
+        """Whether a region's text is read in a chunk of the call, anywhere: it may have as many rows as the prompt."""
+        spread = self.run.spread
+        return spread is not None and any(texts[chunk] is not None for texts in spread.texts)
+
     def enter(self, call: Call) -> None:
         chunks, size = [], len(call.x) // max(1, len(call.options["uuids"]))
         shown = tuple(call.x.shape[-2:])
         full = self.sampling.full or shown
         known = True
-        for _, uuid, area in (positive := self._positive(call)):
+        positive = self._positive(call)
+        common = [chunk for chunk in positive if not self._reads_its_own(chunk[0])]
+        if len(common) < len(positive):
+            self.found.notes["Where regions read texts of their own, attention is not to the prompt alone, and was not captured."] = None
+        positive = common or positive  # rows there must be
+        for _, uuid, area in common:
             with self.found.lock:
                 if not self.found.entries:
                     # The guider's order: the host takes the chunks of a call from the end, and some prompts late.

@@ -137,8 +137,7 @@ def draw(
         raise MapsError(
             f"The prompt in `text` has {length} rows, and what was sampled had {held}: write the text of the positive prompt."
         ) from None
-    size = size or (captured.latent[0] * captured.scale, captured.latent[1] * captured.scale)
-    maps = ops.resized(maps, *size)
+    maps = ops.resized(maps, *(size or captured.size))
     masks, heights = cut(maps, len(bound), settings)
     layers = ", ".join(dict.fromkeys(group.layer for group in groups))
     report = [item.told + "." for item in bound]

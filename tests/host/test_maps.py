@@ -18,6 +18,8 @@ from concept_nodes.host import capture, dispatcher, lab, maps
 from concept_nodes.host.capture import ATTENTION, CONCEPTS, STAGES
 from concept_nodes.host.families import FAMILIES
 from concept_nodes.host.maps import Bound, MapsError, Settings
+from concept_nodes.host.places import Place
+from concept_nodes.host.regions import TextEffect
 from concept_nodes.nodes.maps import Capture, Maps
 
 SD15, SDXL, FLUX = FAMILIES
@@ -271,6 +273,27 @@ class TestWhatIsKept:
         monkeypatch.setattr(capture, "KEPT_BYTES", 0)
         assert capture.find(models.sample(model, seed=9)), "the last is always kept"
 
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    def test_a_text_read_by_all_of_the_picture_is_not_the_prompt(self, kind):
+        """It has the prompt's rows by number, and other words."""
+        model = capturing(models.build(kind))
+        whole = Place(torch.ones(8, 8), {"positive": models.conditioning(model, 30)[0][0]})
+        dispatcher.attach(model, TextEffect("'all': prompt", whole, 0.0, 1.0))
+        found = capture.find(models.sample(model))
+        assert not found.groups
+        assert "regions read texts of their own" in " ".join(found.notes)
+        with pytest.raises(MapsError, match="regions read texts of their own"):
+            maps.captured_with(models.sample(model))
+
+    def test_a_negative_text_of_a_region_is_no_matter(self):
+        model = models.build()
+        expected = means(group(models.sample(capturing(model), steps=1)))
+        model = capturing(model)
+        whole = Place(torch.ones(8, 8), {"negative": models.conditioning(model, 30)[0][0]})
+        dispatcher.attach(model, TextEffect("'all': negative", whole, 0.0, 1.0))
+        out = models.sample(model, steps=1)
+        torch.testing.assert_close(means(group(out)), expected, rtol=1e-3, atol=1e-4)
+
     def test_regions_that_read_for_themselves_are_named(self):
         out = models.sample(cases.put_regions(capturing(models.build())))
         assert "regions read texts of their own" in " ".join(capture.find(out).notes)
@@ -350,6 +373,26 @@ class TestMaps:
         masks, over, report = self.run(drawn, " \n")
         assert not masks.any()
         assert "Nothing done" in report
+
+    def test_no_phrases_give_the_pictures_back(self, drawn):
+        latent, clip, text, _, captured = drawn
+        two = captured._replace(groups=tuple(g._replace(maps=g.maps.repeat(1, 2, 1, 1)) for g in captured.groups))
+        capture._keep(two, [latent["samples"]])
+        pictures = torch.rand(2, 8, 12, 3)
+        masks, over, _ = Maps.execute(latent, clip, text, "", pictures).result
+        assert torch.equal(over, pictures)
+        assert masks.shape == (2, 8, 12)
+        masks, over, _ = Maps.execute(latent, clip, text, "").result
+        assert not torch.cat([masks[..., None], over], -1).any()
+        assert over.shape == (2, 64, 64, 3)
+
+    def test_as_many_pictures_as_the_latent_holds_or_one(self, drawn):
+        latent, clip, text, picture, captured = drawn
+        for several in (captured, captured._replace(groups=tuple(g._replace(maps=g.maps.repeat(1, 3, 1, 1)) for g in captured.groups))):
+            capture._keep(several, [latent["samples"]])
+            with pytest.raises(MapsError, match=rf"image holds 2 pictures and the latent {several.groups[0].maps.shape[1]}"):
+                Maps.execute(latent, clip, text, "circle", picture.repeat(2, 1, 1, 1))
+        assert len(Maps.execute(latent, clip, text, "circle\nsquare", picture).result[1]) == 6
 
     def test_steps_that_were_not_captured(self, drawn):
         latent, clip, text, _, captured = drawn
