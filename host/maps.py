@@ -133,7 +133,7 @@ def draw(
     try:
         maps = together([of_group(group, stages, [*bound, *background], length) for group in groups])
     except ValueError:
-        held = groups[0].maps.shape[-1]
+        held = groups[0].kept.shape[-1]
         raise MapsError(
             f"The prompt in `text` has {length} rows, and what was sampled had {held}: write the text of the positive prompt."
         ) from None
@@ -141,10 +141,18 @@ def draw(
     masks, heights = cut(maps, len(bound), settings)
     layers = ", ".join(dict.fromkeys(group.layer for group in groups))
     report = [item.told + "." for item in bound]
-    if background:
+    # Concepts share out a softmax between all of them, and so the background of a soft mask, too.
+    used_behind = settings.threshold != SOFT or settings.source == CONCEPTS
+    if background and used_behind:
         report.append(f"Background: {'; '.join(item.told for item in background)}.")
+    if settings.threshold == SOFT:
+        given = {"background": background and not used_behind, "largest": settings.largest, "dilation": settings.dilation}
+        idle = [name for name, value in given.items() if value]
+        if idle:
+            listed = " and ".join(filter(None, (", ".join(idle[:-1]), idle[-1])))
+            report.append(f"With soft, {listed} {'are' if idle[1:] else 'is'} not used.")
     report.append(
-        f"Of {captured.calls} captured calls, those from {settings.start:g} to {settings.end:g} of sampling, in {layers} "
+        f"Of {sum(captured.calls)} captured calls, those from {settings.start:g} to {settings.end:g} of sampling, in {layers} "
         f"({settings.source})."
     )
     for item, mask in zip(bound, masks.transpose(0, 1), strict=True):
@@ -188,7 +196,7 @@ def _stages(settings: Settings) -> range:
 def of_group(group: Group, stages: Sequence[int], bound: Sequence[Bound], length: int | None) -> torch.Tensor:
     """(pictures, phrases, h, w): the mean over the stages' calls and each phrase's rows."""
     weights = torch.tensor([float(group.calls[stage]) for stage in stages])
-    maps = (group.maps[stages.start : stages.stop].float() * weights[:, None, None, None]).sum(0) / weights.sum().clamp(min=1)
+    maps = (group.shown(stages.start, stages.stop) * weights[:, None, None, None]).sum(0) / weights.sum().clamp(min=1)
     if length is not None:
         maps = ops.fold(maps, length)
     picked = torch.stack([maps[..., list(item.rows)].mean(-1) for item in bound], 1)
@@ -220,7 +228,7 @@ def cut(maps: torch.Tensor, phrases: int, settings: Settings) -> tuple[torch.Ten
     else:
         masks = heights > settings.level
     if others.shape[1] and settings.threshold != ARGMAX:
-        masks = masks & ops.winners(own, others)
+        masks = masks & (own >= others.amax(1, keepdim=True))
     if settings.largest:
         masks = ops.largest(masks)
     return ops.dilated(masks, settings.dilation), heights

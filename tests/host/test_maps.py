@@ -12,6 +12,7 @@ import sampling
 import text_encoders
 import torch
 from comfy.ldm.flux.math import apply_rope
+from comfy.patcher_extension import WrappersMP
 
 import nodes
 from concept_nodes.host import capture, dispatcher, lab, maps
@@ -263,6 +264,50 @@ class TestWhatIsKept:
         twice = capture.find(models.sample(capturing(capturing(model, end=0.5), capture.DEFAULT)))
         assert {g.layer for g in once.groups} == {g.layer for g in twice.groups}
 
+    def test_two_nodes_with_a_window_each(self):
+        model = models.build()
+        whole = capture.find(models.sample(capturing(model), steps=10))
+        both = capture.find(models.sample(capturing(capturing(model, end=0.5), start=0.5), steps=10))
+        assert both.calls == whole.calls
+        for one, other in zip(whole.groups, both.groups, strict=True):
+            assert one[:4] == other[:4]
+            assert one.calls == other.calls
+            assert torch.equal(one.maps, other.maps)
+
+    def test_two_nodes_with_other_concepts(self):
+        """Concepts are known by their number: those of one node only can be told."""
+        model, words = models.build("flux"), models.seeded((1, 4, models.CONTEXT), 8)
+        alone = group(models.sample(with_concepts(model, words[:, :2], ("a", "b"))), CONCEPTS)
+        out = models.sample(with_concepts(with_concepts(model, words[:, :2], ("a", "b")), words[:, 2:], ("c", "d")))
+        assert capture.find(out).concepts == ("a", "b")
+        assert torch.equal(group(out, CONCEPTS).maps, alone.maps)
+        assert "concepts" in " ".join(capture.find(out).notes)
+
+    @pytest.mark.parametrize("source, size", [(ATTENTION, 1.7e-6), (CONCEPTS, 3e5)])
+    def test_small_shares_and_large_products_keep_their_size(self, source, size):
+        sums = capture.Sums((2, 3))
+        maps = torch.rand(1, 6, 5) * size
+        sums.add(0, maps)
+        torch.testing.assert_close(sums.group(0, source, "x").maps[0], maps, rtol=1e-3, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    def test_goes_on_behind_a_call_from_within_a_call(self, kind):
+        """Another extension asks for the first picture alone, and a smaller one."""
+
+        def again(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+            if transformer_options.get("depth", 0) == 0:
+                at = transformer_options["cond_or_uncond"].index(0)
+                inner = transformer_options | {"depth": 1, "uuids": [transformer_options["uuids"][at]], "cond_or_uncond": [0]}
+                own = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+                executor.class_obj.apply_model(x[:1, ..., :4], t[:1], None, c_crossattn[:1], control, inner, **own)
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        model = capturing(models.build(kind))
+        expected = means(group(models.sample(model, batch=2)))
+        capture._captures.clear()
+        out = models.sample(sampling.wrapped(model, WrappersMP.APPLY_MODEL, again), batch=2)
+        torch.testing.assert_close(means(group(out)), expected)
+
     def test_only_so_many_bytes(self, monkeypatch):
         model = capturing(models.build())
         first = models.sample(model)
@@ -351,6 +396,14 @@ class TestMaps:
         with pytest.raises(MapsError, match="at least two"):
             self.run(drawn, "red circle", threshold="argmax")
 
+    def test_soft_says_what_it_does_not_use(self, drawn):
+        masks, _, report = self.run(drawn, "circle", threshold="soft", background="white background", largest=True, dilation=3)
+        assert "With soft, background, largest and dilation are not used." in report
+        assert "Background:" not in report
+        plain, _, report = self.run(drawn, "circle", threshold="soft")
+        assert torch.equal(masks, plain)
+        assert "not used" not in report
+
     def test_places_of_a_repeated_word(self, drawn):
         report = self.run(drawn, "large\nlarge #2")[2]
         assert "'large': tokens 2, 10 (2 places)" in report
@@ -376,7 +429,7 @@ class TestMaps:
 
     def test_no_phrases_give_the_pictures_back(self, drawn):
         latent, clip, text, _, captured = drawn
-        two = captured._replace(groups=tuple(g._replace(maps=g.maps.repeat(1, 2, 1, 1)) for g in captured.groups))
+        two = captured._replace(groups=tuple(g._replace(kept=g.kept.repeat(1, 2, 1, 1)) for g in captured.groups))
         capture._keep(two, [latent["samples"]])
         pictures = torch.rand(2, 8, 12, 3)
         masks, over, _ = Maps.execute(latent, clip, text, "", pictures).result
@@ -388,9 +441,9 @@ class TestMaps:
 
     def test_as_many_pictures_as_the_latent_holds_or_one(self, drawn):
         latent, clip, text, picture, captured = drawn
-        for several in (captured, captured._replace(groups=tuple(g._replace(maps=g.maps.repeat(1, 3, 1, 1)) for g in captured.groups))):
+        for several in (captured, captured._replace(groups=tuple(g._replace(kept=g.kept.repeat(1, 3, 1, 1)) for g in captured.groups))):
             capture._keep(several, [latent["samples"]])
-            with pytest.raises(MapsError, match=rf"image holds 2 pictures and the latent {several.groups[0].maps.shape[1]}"):
+            with pytest.raises(MapsError, match=rf"image holds 2 pictures and the latent {several.pictures}"):
                 Maps.execute(latent, clip, text, "circle", picture.repeat(2, 1, 1, 1))
         assert len(Maps.execute(latent, clip, text, "circle\nsquare", picture).result[1]) == 6
 
@@ -436,6 +489,16 @@ class TestBinding:
         found = capture.Group(0, ATTENTION, "x", (2, 3), torch.rand(STAGES, 1, 6, 5).half(), (1,) * STAGES)
         got = maps.of_group(found, range(5, STAGES), [Bound("p", (1, 3), "")], 5)
         torch.testing.assert_close(got.flatten(2)[0, 0], found.maps[5:].float().mean(0)[0][:, [1, 3]].mean(-1))
+
+    def test_a_background_takes_cells_and_phrases_do_not(self):
+        own = torch.tensor([[9.0, 9.0, 1.0, 1.0], [8.0, 1.0, 9.0, 1.0], [0.0, 0.0, 0.0, 0.0]])[:2].view(1, 2, 1, 4)
+        weak, strong = torch.zeros(1, 1, 1, 4), torch.tensor([8.5, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+        settings = Settings(level=0.2)
+        alone = maps.cut(own, 2, settings)[0]
+        assert alone.view(2, 4).tolist() == [[True, True, False, False], [True, False, True, False]]
+        assert torch.equal(maps.cut(torch.cat([own, weak], 1), 2, settings)[0], alone)
+        taken = maps.cut(torch.cat([own, weak, strong], 1), 2, settings)[0]
+        assert taken.view(2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
 
     def test_settings_are_neutral_over_equal_layers(self):
         part = torch.rand(1, 2, 4, 4)
