@@ -27,6 +27,7 @@ from .sites import JOINT, patch_level, sites
 from .window import Window, course
 
 STAGES = 10  # parts of sampling that are kept apart
+UNIT = 2**10  # shares times this keep their digits in float16 down to some 1e-8
 KEPT_BYTES = 512 * 2**20
 POSITIVE = "positive"
 ATTENTION, CONCEPTS = "attention", "concepts"
@@ -36,11 +37,12 @@ DEFAULT, ALL = "default", "all"
 class Group(NamedTuple):
     """What was seen in one layer, or in all layers of a UNet on one grid.
 
-    entry   number of the prompt among the positive ones (0 where they are not combined)
+    entry   number of the prompt among the guider's positive ones (0 where they are not combined)
     source  ATTENTION: shares of a position's attention; CONCEPTS: products of attention outputs
     layer   its name in reports
     grid    height and width of its positions
-    maps    (STAGES, pictures, height * width, rows of the prompt) float16: means over the calls of each stage of sampling
+    kept    (STAGES, pictures, height * width, rows of the prompt): means over the calls of each stage of sampling; shares as float16 in
+            units of 1 / UNIT, products, which know no bounds, as float32
     calls   calls in each stage, times layers
     """
 
@@ -48,31 +50,67 @@ class Group(NamedTuple):
     source: str
     layer: str
     grid: tuple[int, int]
-    maps: torch.Tensor
+    kept: torch.Tensor
     calls: tuple[int, ...]
+
+    def shown(self, first: int = 0, past: int = STAGES) -> torch.Tensor:
+        """The maps of stages first ... past - 1, in float32."""
+        kept = self.kept[first:past].float()
+        return kept / UNIT if self.source == ATTENTION else kept
+
+    @property
+    def maps(self) -> torch.Tensor:
+        return self.shown()
+
+    def with_stages_of(self, other: Group) -> Group:
+        """With those stages of another capture of the same layer of which that has more calls."""
+        if other.kept.shape != self.kept.shape:
+            return self
+        kept, calls = self.kept.clone(), list(self.calls)
+        for stage, count in enumerate(other.calls):
+            if count > calls[stage]:
+                kept[stage], calls[stage] = other.kept[stage], count
+        return self._replace(kept=kept, calls=tuple(calls))
 
 
 class Captured(NamedTuple):
-    """What one sampling showed. scale: pixels a side for each cell of its latent; latent: its height and width; concepts: names of what
-    travelled beside the prompt; notes: what was not captured, and why."""
+    """What one sampling showed. scale: pixels a side for each cell of its latent; latent: its height and width; calls: those captured, by
+    stage; concepts: names of what travelled beside the prompt; notes: what was not captured, and why."""
 
     family: Family
     scale: int
     latent: tuple[int, int]
-    calls: int
+    calls: tuple[int, ...]
     groups: tuple[Group, ...]
     concepts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def pictures(self) -> int:
+        return self.groups[0].kept.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the decoded pictures."""
+        return self.latent[0] * self.scale, self.latent[1] * self.scale
+
     def nbytes(self) -> int:
-        return sum(group.maps.nbytes for group in self.groups)
+        return sum(group.kept.nbytes for group in self.groups)
 
     def joined(self, other: Captured) -> Captured:
-        """With what another node captured of the same sampling; what both did counts once."""
-        own = {group[:3]: group for group in (*other.groups, *self.groups)}
+        """With what another node captured of the same sampling, stage by stage; what both did counts once."""
         notes = dict.fromkeys((*self.notes, *other.notes))
-        concepts = self.concepts or other.concepts
-        return self._replace(groups=tuple(own.values()), concepts=concepts, notes=tuple(notes), calls=max(self.calls, other.calls))
+        groups = {group[:3]: group for group in self.groups}
+        differ = bool(self.concepts and other.concepts) and self.concepts != other.concepts
+        if differ:
+            notes["Two Capture Attention nodes have different concepts: those of the first were captured."] = None
+        for group in other.groups:
+            if not differ or group.source != CONCEPTS:
+                own = groups.get(group[:3])
+                groups[group[:3]] = group if own is None else own.with_stages_of(group)
+        calls = tuple(max(pair) for pair in zip(self.calls, other.calls, strict=True))
+        ordered = tuple(sorted(groups.values(), key=lambda group: group.entry))
+        return self._replace(groups=ordered, concepts=self.concepts or other.concepts, notes=tuple(notes), calls=calls)
 
 
 _captures: OrderedDict[str, Captured] = OrderedDict()
@@ -112,7 +150,7 @@ class Sums:
         if stage != self.stage:
             self.end()
             self.stage = stage
-        self.sum = maps.clone() if self.sum is None else self.sum.add_(maps)
+        self.sum = maps.clone() if self.sum is None else self.sum.add_(maps.to(self.sum.device))
         self.calls += 1
 
     def end(self) -> None:
@@ -124,10 +162,11 @@ class Sums:
     def group(self, entry: int, source: str, layer: str) -> Group:
         self.end()
         shape = next(iter(self.ended.values()))[0].shape
-        maps = torch.zeros(STAGES, *shape, dtype=torch.float16)
+        shares = source == ATTENTION
+        kept = torch.zeros(STAGES, *shape, dtype=torch.float16 if shares else torch.float32)
         for stage, (total, calls) in self.ended.items():
-            maps[stage] = total / calls
-        return Group(entry, source, layer, self.grid, maps, tuple(self.ended.get(stage, (None, 0))[1] for stage in range(STAGES)))
+            kept[stage] = total * ((UNIT if shares else 1) / calls)
+        return Group(entry, source, layer, self.grid, kept, tuple(self.ended.get(stage, (None, 0))[1] for stage in range(STAGES)))
 
 
 class Found:
@@ -138,14 +177,17 @@ class Found:
         self.entries: list[Any] = []
         self.sums: dict[tuple[int, str, str], Sums] = {}
         self.latent = (0, 0)
-        self.calls = 0
+        self.calls = [0] * STAGES
         self.notes: dict[str, None] = {}
 
 
 class Now(NamedTuple):
-    """One call: of which rows, as an index and chunk by chunk with the prompt's number and its part of the latent; its stage."""
+    """One call: of which rows, as an index and chunk by chunk with the prompt's number and its part of the latent; its stage; how many
+    rows it has in all, and positions."""
 
     rows: torch.Tensor
+    batch: int
+    tokens: int
     chunks: list[tuple[int, tuple[int, int, int, int]]]
     stage: int
     words: int
@@ -356,7 +398,7 @@ class CaptureEffect(Effect):
     def in_run(self, run: Run) -> CaptureEffect:
         model = run.patcher.model
         copy = CaptureEffect(model, self.layers, *self.window, self.concepts, self.words)
-        copy.sampling = weakref.proxy(run.sampling)  # which holds the run, and with it this
+        copy.sampling, copy.run = weakref.proxy(run.sampling), weakref.proxy(run)  # which hold this
         copy.found = run.sampling.kept.setdefault(self, Found())
         copy.open, copy.indices = [], {}
         jointly = _jointly(model)
@@ -379,13 +421,26 @@ class CaptureEffect(Effect):
                 found.append((chunk, key[0], area))
         return found
 
+    def _reads_its_own(self, chunk: int) -> bool:
+        """Whether a region's text is read in a chunk of the call, anywhere: it may have as many rows as the prompt."""
+        spread = self.run.spread
+        return spread is not None and any(texts[chunk] is not None for texts in spread.texts)
+
     def enter(self, call: Call) -> None:
         chunks, size = [], len(call.x) // max(1, len(call.options["uuids"]))
         shown = tuple(call.x.shape[-2:])
         full = self.sampling.full or shown
         known = True
-        for _, uuid, area in (positive := self._positive(call)):
+        positive = self._positive(call)
+        common = [chunk for chunk in positive if not self._reads_its_own(chunk[0])]
+        if len(common) < len(positive):
+            self.found.notes["Where regions read texts of their own, attention is not to the prompt alone, and was not captured."] = None
+        positive = common or positive  # rows there must be
+        for _, uuid, area in common:
             with self.found.lock:
+                if not self.found.entries:
+                    # The guider's order: the host takes the chunks of a call from the end, and some prompts late.
+                    self.found.entries = [uuid for uuid, name in self.sampling.names.items() if name == POSITIVE]
                 if uuid not in self.found.entries:
                     self.found.entries.append(uuid)
                 entry = self.found.entries.index(uuid)
@@ -402,13 +457,16 @@ class CaptureEffect(Effect):
             self.indices[key] = rows.to(call.x.device)
         stage = sum(call.sigma <= border for border in self.borders)
         self.found.latent = full
-        self.open.append(Now(self.indices[key], chunks, stage, 0 if call.context is None else call.context.shape[1]))
-        self._tell(self.open[-1], call)
+        words = 0 if call.context is None else call.context.shape[1]
+        self.open.append(Now(self.indices[key], len(call.x), _count(shown, self.patch), chunks, stage, words))
+        self._tell()
 
-    def _tell(self, now: Now, call: Call) -> None:
+    def _tell(self) -> None:
+        """The numbers lie in the taps one by one: were the stage among them, torch.compile would compile anew for each."""
         for tap in self.taps.values():
             tap.clear()
-            tap.rows, tap.batch, tap.tokens = now.rows, len(call.x), _count(call.x.shape[-2:], self.patch)
+            if self.open:
+                tap.rows, tap.batch, tap.tokens = self.open[-1][:3]
 
     def look_back(self, call: Call) -> None:
         now, missed = self.open[-1], 0
@@ -418,7 +476,7 @@ class CaptureEffect(Effect):
                 words = len(self.concepts) if source == CONCEPTS else now.words
                 missed += not self._add(name, source, maps, now, words)
         with self.found.lock:
-            self.found.calls += 1
+            self.found.calls[now.stage] += 1
             if missed and now.chunks:
                 self.found.notes[
                     f"{missed} of {len(self.layers)} layers could not be read in some calls: there, regions read texts of their own, or "
@@ -448,20 +506,16 @@ class CaptureEffect(Effect):
         return True
 
     def leave(self, call: Call) -> None:
+        # A call around this one goes on; what it held of the attention under way is lost, and missed.
         self.open.pop()
-        for tap in self.taps.values():
-            tap.clear()
-        if self.open:
-            # The call around this one goes on; what it held of the attention under way is lost, and missed.
-            for tap in self.taps.values():
-                tap.rows = self.open[-1].rows
+        self._tell()
 
     def come_out(self, sampling: Sampling, latents: Sequence[torch.Tensor]) -> None:
         found = sampling.kept.pop(self, None)
         if found is None:
             return
         groups = tuple(sums.group(*key) for key, sums in sorted(found.sums.items(), key=lambda item: item[0][0]))
-        captured = Captured(self.family, self.scale, found.latent, found.calls, groups, self.concepts, tuple(found.notes))
+        captured = Captured(self.family, self.scale, found.latent, tuple(found.calls), groups, self.concepts, tuple(found.notes))
         others = sampling.kept.get(CaptureEffect)
         captured = sampling.kept[CaptureEffect] = captured if others is None else others.joined(captured)
         _keep(captured, latents)

@@ -370,6 +370,7 @@ class Run:
         self.notes: dict[str, None] = {}
         self._around: list[tuple[str, CrossAct | SelfAct]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
+        self.spread: Spread | None = None  # of the call under way
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
@@ -493,7 +494,7 @@ class Run:
             for cross in self.crosses.values():
                 cross.forget()
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
-        spread = self._spread(kind, active, placed, call) if kind else None
+        spread = self.spread = self._spread(kind, active, placed, call) if kind else None
         settings = self._settings.pop((strengths, kind), None)
         if settings is None:
             settings = list(self._made(strengths, placed, spread))

@@ -125,26 +125,34 @@ def draw(
     stages = _stages(settings)
     used = sum(sum(group.calls[stage] for stage in stages) for group in groups)
     if not used:
-        there = [f"{stage / STAGES:g} to {(stage + 1) / STAGES:g}" for stage in range(STAGES) if any(g.calls[stage] for g in groups)]
-        raise MapsError(
-            f"No step was captured from {settings.start:g} to {settings.end:g} of sampling. There are some in {', '.join(there)}."
-        )
+        every = [group for group in captured.groups if group.source == settings.source]
+        several = len({group.entry for group in every}) > 1
+        which = f" in entry {settings.entry}" if several else ""
+        there = _there(every) if several else _spans(groups)
+        raise MapsError(f"No step was captured from {settings.start:g} to {settings.end:g} of sampling{which}. There are some in {there}.")
     try:
         maps = together([of_group(group, stages, [*bound, *background], length) for group in groups])
     except ValueError:
-        held = groups[0].maps.shape[-1]
+        held = groups[0].kept.shape[-1]
         raise MapsError(
             f"The prompt in `text` has {length} rows, and what was sampled had {held}: write the text of the positive prompt."
         ) from None
-    size = size or (captured.latent[0] * captured.scale, captured.latent[1] * captured.scale)
-    maps = ops.resized(maps, *size)
+    maps = ops.resized(maps, *(size or captured.size))
     masks, heights = cut(maps, len(bound), settings)
     layers = ", ".join(dict.fromkeys(group.layer for group in groups))
     report = [item.told + "." for item in bound]
-    if background:
+    # Concepts share out a softmax between all of them, and so the background of a soft mask, too.
+    used_behind = settings.threshold != SOFT or settings.source == CONCEPTS
+    if background and used_behind:
         report.append(f"Background: {'; '.join(item.told for item in background)}.")
+    if settings.threshold == SOFT:
+        given = {"background": background and not used_behind, "largest": settings.largest, "dilation": settings.dilation}
+        idle = [name for name, value in given.items() if value]
+        if idle:
+            listed = " and ".join(filter(None, (", ".join(idle[:-1]), idle[-1])))
+            report.append(f"With soft, {listed} {'are' if idle[1:] else 'is'} not used.")
     report.append(
-        f"Of {captured.calls} captured calls, those from {settings.start:g} to {settings.end:g} of sampling, in {layers} "
+        f"Of {sum(captured.calls)} captured calls, those from {settings.start:g} to {settings.end:g} of sampling, in {layers} "
         f"({settings.source})."
     )
     for item, mask in zip(bound, masks.transpose(0, 1), strict=True):
@@ -153,14 +161,32 @@ def draw(
 
 
 def _chosen(captured: Captured, settings: Settings) -> list[Group]:
-    entries = 1 + max(group.entry for group in captured.groups)
-    if settings.entry > entries:
-        raise MapsError(f"entry is {settings.entry}, and the sampler had {entries} positive prompt(s). Set it to 1 ... {entries}.")
-    groups = [group for group in captured.groups if group.source == settings.source and group.entry == settings.entry - 1]
-    if not groups:
+    every = [group for group in captured.groups if group.source == settings.source]
+    if not every:
         raise MapsError(f"Nothing was captured of the source '{settings.source}'. Concepts are written into Capture Attention.")
+    groups = [group for group in every if group.entry == settings.entry - 1]
+    if not groups:
+        entries = len({group.entry for group in every})
+        raise MapsError(
+            f"entry is {settings.entry}, and the sampler had {entries} positive prompt(s) in the steps that were captured. There is "
+            f"{_there(every)}."
+        )
     finest = max(group.grid[0] * group.grid[1] for group in groups)
     return [group for group in groups if settings.grids == ALL or group.grid[0] * group.grid[1] == finest]
+
+
+def _there(groups: Sequence[Group]) -> str:
+    """The entries that there are, and their parts of sampling."""
+    entries = sorted({group.entry for group in groups})
+    return "; ".join(f"entry {entry + 1}: {_spans([group for group in groups if group.entry == entry])}" for entry in entries)
+
+
+def _spans(groups: Sequence[Group]) -> str:
+    """The parts of sampling that any of the groups has calls in."""
+    held = [any(group.calls[stage] for group in groups) for stage in range(STAGES)]
+    firsts = [stage for stage in range(STAGES) if held[stage] and not (stage and held[stage - 1])]
+    pasts = [stage + 1 for stage in range(STAGES) if held[stage] and not (stage + 1 < STAGES and held[stage + 1])]
+    return ", ".join(f"{first / STAGES:g} to {past / STAGES:g}" for first, past in zip(firsts, pasts, strict=True))
 
 
 def _stages(settings: Settings) -> range:
@@ -170,7 +196,7 @@ def _stages(settings: Settings) -> range:
 def of_group(group: Group, stages: Sequence[int], bound: Sequence[Bound], length: int | None) -> torch.Tensor:
     """(pictures, phrases, h, w): the mean over the stages' calls and each phrase's rows."""
     weights = torch.tensor([float(group.calls[stage]) for stage in stages])
-    maps = (group.maps[stages.start : stages.stop].float() * weights[:, None, None, None]).sum(0) / weights.sum().clamp(min=1)
+    maps = (group.shown(stages.start, stages.stop) * weights[:, None, None, None]).sum(0) / weights.sum().clamp(min=1)
     if length is not None:
         maps = ops.fold(maps, length)
     picked = torch.stack([maps[..., list(item.rows)].mean(-1) for item in bound], 1)
@@ -202,7 +228,7 @@ def cut(maps: torch.Tensor, phrases: int, settings: Settings) -> tuple[torch.Ten
     else:
         masks = heights > settings.level
     if others.shape[1] and settings.threshold != ARGMAX:
-        masks = masks & ops.winners(own, others)
+        masks = masks & (own >= others.amax(1, keepdim=True))
     if settings.largest:
         masks = ops.largest(masks)
     return ops.dilated(masks, settings.dilation), heights

@@ -212,12 +212,16 @@ class Maps(io.ComfyNode):
         check_numbers(1.0, start_percent, end_percent)
         captured = maps.captured_with(latent["samples"])
         listed, behind = _lines(phrases), _lines(background)
-        size = None if image is None else tuple(image.shape[1:3])
         if not listed:
-            height, width = size or (captured.latent[0] * captured.scale, captured.latent[1] * captured.scale)
-            black = torch.zeros(1, height, width)
-            report = "Nothing done: `phrases` is empty. The mask is black."
-            return io.NodeOutput(black, overlay(black, image), report, ui=ui.PreviewText(report))
+            over = torch.zeros(captured.pictures, *captured.size, 3) if image is None else image
+            report = "Nothing done: `phrases` is empty. The masks are black."
+            return io.NodeOutput(torch.zeros(over.shape[:3]), over, report, ui=ui.PreviewText(report))
+        if image is not None and len(image) not in (1, captured.pictures):
+            raise MapsError(
+                f"image holds {len(image)} pictures and the latent {captured.pictures}: they would not lie under their own maps. Connect "
+                "the pictures that this latent was decoded to, or a single one."
+            )
+        size = None if image is None else tuple(image.shape[1:3])
         settings = Settings(source, grids, start_percent, end_percent, threshold, level, largest, dilation, entry)
         if source == capture.CONCEPTS:
             bound, others, length = maps.concept_rows(captured, listed), maps.concept_rows(captured, behind), None

@@ -20,7 +20,7 @@ def colours(heights: Tensor) -> Tensor:
 
 
 def overlay(heights: Tensor, pictures: Tensor | None, phrases: int = 1) -> Tensor:
-    """(N, h, w, 3): maps (N, h, w) in 0..1 over pictures (N / phrases, h, w, 3), or over nothing; phrase by phrase."""
+    """(N, h, w, 3): maps (N, h, w) in 0..1 over pictures (N / phrases or 1, h, w, 3), or over nothing; phrase by phrase."""
     painted = colours(heights)
     if pictures is None:
         return painted

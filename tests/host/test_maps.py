@@ -12,12 +12,15 @@ import sampling
 import text_encoders
 import torch
 from comfy.ldm.flux.math import apply_rope
+from comfy.patcher_extension import WrappersMP
 
 import nodes
 from concept_nodes.host import capture, dispatcher, lab, maps
 from concept_nodes.host.capture import ATTENTION, CONCEPTS, STAGES
 from concept_nodes.host.families import FAMILIES
 from concept_nodes.host.maps import Bound, MapsError, Settings
+from concept_nodes.host.places import Place
+from concept_nodes.host.regions import TextEffect
 from concept_nodes.nodes.maps import Capture, Maps
 
 SD15, SDXL, FLUX = FAMILIES
@@ -191,6 +194,29 @@ class TestWhoseRows:
         # Of unequal length, they go in calls of their own; in one call, the shorter would be repeated.
         assert all(rows % own == 0 for (_, rows), own in zip(sorted(shapes.items()), (7, 9), strict=True))
 
+    def test_entries_are_counted_in_the_guiders_order(self):
+        """Of prompts of one length the host takes a call's chunks from the end."""
+        model, made = models.build(), models.build()
+        positive = models.conditioning(made, 10) + models.conditioning(made, 30)
+        negative, latent = models.conditioning(model, 20), models.latent(model)
+        out = sample(capturing(model), positive, negative, latent, steps=1)
+        for entry, prompt in enumerate(positive):
+            alone = sample(capturing(model), [prompt], negative, latent, steps=1)
+            torch.testing.assert_close(means(group(out, entry=entry)), means(group(alone)), rtol=1e-3, atol=1e-4)
+
+    def test_entries_of_parts_of_sampling(self):
+        """One of the prompts acts in the second half only: it is the second, though the first is the last to be seen."""
+        model = models.build()
+        later, earlier = (
+            nodes.ConditioningSetTimestepRange().set_range(models.conditioning(model, seed), *window)[0]
+            for seed, window in ((10, (0.5, 1.0)), (30, (0.0, 0.5)))
+        )
+        out = sample(capturing(model), later + earlier, models.conditioning(model, 20), models.latent(model), steps=10)
+        assert [any(group(out, entry=entry).calls[:4]) for entry in (0, 1)] == [False, True]
+        bound, captured = [Bound("p", (1,), "")], capture.find(out)
+        with pytest.raises(MapsError, match=r"from 0.5 to 1 .* in entry 2\b.*entry 1: 0.5 to 1; entry 2: 0 to 0.5"):
+            maps.draw(captured, bound, Settings(entry=2), length=7)
+
     def test_area_lies_where_it_is(self):
         model = models.build()
         (part,) = nodes.ConditioningSetArea().append(models.conditioning(model, 11, 9), 64, 32, 0, 32, 1.0)
@@ -238,6 +264,50 @@ class TestWhatIsKept:
         twice = capture.find(models.sample(capturing(capturing(model, end=0.5), capture.DEFAULT)))
         assert {g.layer for g in once.groups} == {g.layer for g in twice.groups}
 
+    def test_two_nodes_with_a_window_each(self):
+        model = models.build()
+        whole = capture.find(models.sample(capturing(model), steps=10))
+        both = capture.find(models.sample(capturing(capturing(model, end=0.5), start=0.5), steps=10))
+        assert both.calls == whole.calls
+        for one, other in zip(whole.groups, both.groups, strict=True):
+            assert one[:4] == other[:4]
+            assert one.calls == other.calls
+            assert torch.equal(one.maps, other.maps)
+
+    def test_two_nodes_with_other_concepts(self):
+        """Concepts are known by their number: those of one node only can be told."""
+        model, words = models.build("flux"), models.seeded((1, 4, models.CONTEXT), 8)
+        alone = group(models.sample(with_concepts(model, words[:, :2], ("a", "b"))), CONCEPTS)
+        out = models.sample(with_concepts(with_concepts(model, words[:, :2], ("a", "b")), words[:, 2:], ("c", "d")))
+        assert capture.find(out).concepts == ("a", "b")
+        assert torch.equal(group(out, CONCEPTS).maps, alone.maps)
+        assert "concepts" in " ".join(capture.find(out).notes)
+
+    @pytest.mark.parametrize("source, size", [(ATTENTION, 1.7e-6), (CONCEPTS, 3e5)])
+    def test_small_shares_and_large_products_keep_their_size(self, source, size):
+        sums = capture.Sums((2, 3))
+        maps = torch.rand(1, 6, 5) * size
+        sums.add(0, maps)
+        torch.testing.assert_close(sums.group(0, source, "x").maps[0], maps, rtol=1e-3, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    def test_goes_on_behind_a_call_from_within_a_call(self, kind):
+        """Another extension asks for the first picture alone, and a smaller one."""
+
+        def again(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+            if transformer_options.get("depth", 0) == 0:
+                at = transformer_options["cond_or_uncond"].index(0)
+                inner = transformer_options | {"depth": 1, "uuids": [transformer_options["uuids"][at]], "cond_or_uncond": [0]}
+                own = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in kwargs.items()}
+                executor.class_obj.apply_model(x[:1, ..., :4], t[:1], None, c_crossattn[:1], control, inner, **own)
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        model = capturing(models.build(kind))
+        expected = means(group(models.sample(model, batch=2)))
+        capture._captures.clear()
+        out = models.sample(sampling.wrapped(model, WrappersMP.APPLY_MODEL, again), batch=2)
+        torch.testing.assert_close(means(group(out)), expected)
+
     def test_only_so_many_bytes(self, monkeypatch):
         model = capturing(models.build())
         first = models.sample(model)
@@ -247,6 +317,27 @@ class TestWhatIsKept:
         assert capture.find(second)
         monkeypatch.setattr(capture, "KEPT_BYTES", 0)
         assert capture.find(models.sample(model, seed=9)), "the last is always kept"
+
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    def test_a_text_read_by_all_of_the_picture_is_not_the_prompt(self, kind):
+        """It has the prompt's rows by number, and other words."""
+        model = capturing(models.build(kind))
+        whole = Place(torch.ones(8, 8), {"positive": models.conditioning(model, 30)[0][0]})
+        dispatcher.attach(model, TextEffect("'all': prompt", whole, 0.0, 1.0))
+        found = capture.find(models.sample(model))
+        assert not found.groups
+        assert "regions read texts of their own" in " ".join(found.notes)
+        with pytest.raises(MapsError, match="regions read texts of their own"):
+            maps.captured_with(models.sample(model))
+
+    def test_a_negative_text_of_a_region_is_no_matter(self):
+        model = models.build()
+        expected = means(group(models.sample(capturing(model), steps=1)))
+        model = capturing(model)
+        whole = Place(torch.ones(8, 8), {"negative": models.conditioning(model, 30)[0][0]})
+        dispatcher.attach(model, TextEffect("'all': negative", whole, 0.0, 1.0))
+        out = models.sample(model, steps=1)
+        torch.testing.assert_close(means(group(out)), expected, rtol=1e-3, atol=1e-4)
 
     def test_regions_that_read_for_themselves_are_named(self):
         out = models.sample(cases.put_regions(capturing(models.build())))
@@ -305,6 +396,14 @@ class TestMaps:
         with pytest.raises(MapsError, match="at least two"):
             self.run(drawn, "red circle", threshold="argmax")
 
+    def test_soft_says_what_it_does_not_use(self, drawn):
+        masks, _, report = self.run(drawn, "circle", threshold="soft", background="white background", largest=True, dilation=3)
+        assert "With soft, background, largest and dilation are not used." in report
+        assert "Background:" not in report
+        plain, _, report = self.run(drawn, "circle", threshold="soft")
+        assert torch.equal(masks, plain)
+        assert "not used" not in report
+
     def test_places_of_a_repeated_word(self, drawn):
         report = self.run(drawn, "large\nlarge #2")[2]
         assert "'large': tokens 2, 10 (2 places)" in report
@@ -327,6 +426,26 @@ class TestMaps:
         masks, over, report = self.run(drawn, " \n")
         assert not masks.any()
         assert "Nothing done" in report
+
+    def test_no_phrases_give_the_pictures_back(self, drawn):
+        latent, clip, text, _, captured = drawn
+        two = captured._replace(groups=tuple(g._replace(kept=g.kept.repeat(1, 2, 1, 1)) for g in captured.groups))
+        capture._keep(two, [latent["samples"]])
+        pictures = torch.rand(2, 8, 12, 3)
+        masks, over, _ = Maps.execute(latent, clip, text, "", pictures).result
+        assert torch.equal(over, pictures)
+        assert masks.shape == (2, 8, 12)
+        masks, over, _ = Maps.execute(latent, clip, text, "").result
+        assert not torch.cat([masks[..., None], over], -1).any()
+        assert over.shape == (2, 64, 64, 3)
+
+    def test_as_many_pictures_as_the_latent_holds_or_one(self, drawn):
+        latent, clip, text, picture, captured = drawn
+        for several in (captured, captured._replace(groups=tuple(g._replace(kept=g.kept.repeat(1, 3, 1, 1)) for g in captured.groups))):
+            capture._keep(several, [latent["samples"]])
+            with pytest.raises(MapsError, match=rf"image holds 2 pictures and the latent {several.pictures}"):
+                Maps.execute(latent, clip, text, "circle", picture.repeat(2, 1, 1, 1))
+        assert len(Maps.execute(latent, clip, text, "circle\nsquare", picture).result[1]) == 6
 
     def test_steps_that_were_not_captured(self, drawn):
         latent, clip, text, _, captured = drawn
@@ -370,6 +489,16 @@ class TestBinding:
         found = capture.Group(0, ATTENTION, "x", (2, 3), torch.rand(STAGES, 1, 6, 5).half(), (1,) * STAGES)
         got = maps.of_group(found, range(5, STAGES), [Bound("p", (1, 3), "")], 5)
         torch.testing.assert_close(got.flatten(2)[0, 0], found.maps[5:].float().mean(0)[0][:, [1, 3]].mean(-1))
+
+    def test_a_background_takes_cells_and_phrases_do_not(self):
+        own = torch.tensor([[9.0, 9.0, 1.0, 1.0], [8.0, 1.0, 9.0, 1.0], [0.0, 0.0, 0.0, 0.0]])[:2].view(1, 2, 1, 4)
+        weak, strong = torch.zeros(1, 1, 1, 4), torch.tensor([8.5, 0.0, 0.0, 0.0]).view(1, 1, 1, 4)
+        settings = Settings(level=0.2)
+        alone = maps.cut(own, 2, settings)[0]
+        assert alone.view(2, 4).tolist() == [[True, True, False, False], [True, False, True, False]]
+        assert torch.equal(maps.cut(torch.cat([own, weak], 1), 2, settings)[0], alone)
+        taken = maps.cut(torch.cat([own, weak, strong], 1), 2, settings)[0]
+        assert taken.view(2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
 
     def test_settings_are_neutral_over_equal_layers(self):
         part = torch.rand(1, 2, 4, 4)
