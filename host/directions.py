@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ..ops.steering import mean_difference, threshold
-from .dispatcher import Call, Effect, attach
+from .dispatcher import READS, Call, Effect, attach
 from .families import family_of
 from .feature_sites import AUTO, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
@@ -121,6 +121,8 @@ class Tapped(NamedTuple):
 
     sink: Callable[[float, torch.Tensor], None]
     io: str
+
+    turn = READS
 
     @classmethod
     def join(cls, parts: Sequence[Tapped], module, device, dtype) -> Tap:
