@@ -14,7 +14,7 @@ import torch
 from ..ops.steering import mean_difference, threshold
 from .dispatcher import READS, Call, Effect, attach
 from .families import family_of
-from .feature_sites import AUTO, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
+from .feature_sites import AUTO, NETWORK, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 from .places import Place
 from .steering import _rows, everywhere
@@ -189,7 +189,7 @@ def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negativ
     found, right = [], {}
     for one, module in zip(sites, modules, strict=True):
         features, right[one] = _between(one, *(side[module] for side in sides))
-        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.get_submodule(module))
+        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.diffusion_model.get_submodule(one))
         found.append(
             features._replace(name=name, family=family, io=io, sigmas=torch.tensor(levels), fingerprint=printed, prompts=prompts).checked()
         )
@@ -241,6 +241,12 @@ def _means(
             listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
             callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
         )  # fmt: skip
+    for module, found in kept.items():
+        if not all(found.values()):
+            raise FeaturesError(
+                f"Nothing passed through {module.removeprefix(NETWORK)} while the model sampled: another extension computes what lies "
+                "there. Take another site, or a model without that extension's node."
+            )
     return {module: torch.stack([torch.cat(found[level]) for level in levels]) for module, found in kept.items()}
 
 
