@@ -20,7 +20,7 @@ from comfy.ldm.flux.layers import apply_mod
 from comfy.ldm.flux.math import apply_rope1
 
 from ..ops.maps import columns, concept_attention, output_scores, split_heads
-from .dispatcher import Call, Effect, Run, Sampling
+from .dispatcher import READS, Call, Effect, Run, Sampling
 from .families import FINE, Family, family_of
 from .run_record import digest
 from .sites import JOINT, patch_level, sites
@@ -217,7 +217,7 @@ class Tap:
 class Reading:
     """A part and its own act: several of them on a module act one after another. What a module gives is not changed."""
 
-    last = True
+    turn = READS
 
     def __init__(self, tap: Tap):
         self.tap = tap

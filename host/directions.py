@@ -12,9 +12,9 @@ import comfy.utils
 import torch
 
 from ..ops.steering import mean_difference, threshold
-from .dispatcher import Call, Effect, attach
+from .dispatcher import READS, Call, Effect, attach
 from .families import family_of
-from .feature_sites import AUTO, TextSite, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
+from .feature_sites import AUTO, NETWORK, TextSite, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 from .places import Place
 from .steering import _rows, everywhere
@@ -150,6 +150,8 @@ class Tapped(NamedTuple):
     io: str
     pool: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mean_rows
 
+    turn = READS
+
     @classmethod
     def join(cls, parts: Sequence[Tapped], module, device, dtype) -> Tap:
         return Tap(parts)
@@ -209,7 +211,7 @@ def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negativ
     found, right = [], {}
     for one, module in zip(sites, modules, strict=True):
         features, right[one] = _between(one, *(side[module] for side in sides))
-        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.get_submodule(module))
+        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.diffusion_model.get_submodule(one))
         found.append(
             features._replace(name=name, family=family, io=io, sigmas=torch.tensor(levels), fingerprint=printed, prompts=prompts).checked()
         )
@@ -245,6 +247,12 @@ def pooled_sides(
         effect = TapEffect({module: Tapped(_keep(kept[module]), io, pool) for module in modules}, levels)
         for _ in sampled(patcher, effect, [encoded[text] for text in side], encoded[""], runs, bar):
             pass
+        for module, by in kept.items():
+            if not all(by.values()):
+                raise FeaturesError(
+                    f"Nothing passed through {module.removeprefix(NETWORK)} while the model sampled: another extension computes what lies "
+                    "there. Take another site, or a model without that extension's node."
+                )
         found.append({module: torch.stack([torch.cat(by[level]) for level in levels]) for module, by in kept.items()})
     return found
 

@@ -48,6 +48,7 @@ KEY = "concept_nodes"
 Strength = float | tuple[float, ...]
 INSIDE = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # what may change a prompt within a call
 RUN = "concept_nodes_run"
+ADAPTS, STEERS, READS = range(3)  # turns of parts on a module: as if in its weights, on its rows, and what changes nothing
 
 
 class Act(Protocol):
@@ -67,10 +68,10 @@ class Act(Protocol):
 
 
 class Part(Protocol):
-    """What an effect places on one module. Parts of one class that meet on a module are joined into one act; those of `last` see what the
-    others made of the module's output."""
+    """What an effect places on one module. Parts of one class that meet on a module are joined into one act. The acts follow one another by
+    `turn`, whatever the order of the nodes: each sees what those before it made of the module's output."""
 
-    last = False
+    turn = ADAPTS
 
     @classmethod
     def join(cls, parts: Sequence[Part], module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Act:
@@ -461,7 +462,7 @@ class Run:
         def parts(indices):
             return [self.acting[index].parts[name] for index in indices]
 
-        ordered = sorted(members.items(), key=lambda item: getattr(item[0], "last", False))
+        ordered = sorted(members.items(), key=lambda item: getattr(item[0], "turn", ADAPTS))
         return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in ordered]
 
     def _kind(self, call: Call, active: tuple[int, ...]) -> Kind | None:

@@ -61,7 +61,7 @@ def width_at(model, site: str) -> int:
 
 
 def checked_site(model, site: str, io: str) -> str:
-    """The name of a site's module from the host's BaseModel. Raises FeaturesError that lists the sites."""
+    """The name of the module from the host's BaseModel whose output are a site's rows. Raises FeaturesError that lists the sites."""
     family = family_of(model)
     if site not in blocks(model) + layers(model):
         several = f"'{ALL_LAYERS}'" if family.site != CROSS_ATTENTION else f"'{CROSS_ATTENTION}'"
@@ -73,7 +73,8 @@ def checked_site(model, site: str, io: str) -> str:
         raise FeaturesError(
             f"The blocks of {family.name} write their output over their input, so that what they add ('{DIFF}') cannot be told. Take 'out'."
         )
-    return NETWORK + site
+    # Where another extension computes cross-attention, the host asks its projections alone. The last gives what the whole would.
+    return NETWORK + site + (".to_out" if site.endswith(".attn2") else "")
 
 
 def writes_apart(family: Family) -> bool:

@@ -17,6 +17,7 @@ from ..ops.steering import Directions, Scale, course
 from . import files
 
 FOLDER = "concept_features"
+ENDING = ".safetensors"
 OUT, DIFF, TEXT = "out", "diff", "text"
 KINDS = (OUT, DIFF, TEXT)
 HEADER = "concept_features"
@@ -154,10 +155,13 @@ MAKE = "Make them anew with Find Direction."
 
 
 def show_folder() -> None:
-    """Let the host know of models/concept_features, and of what this pack writes beside its pictures."""
-    folder_paths.folder_names_and_paths.setdefault(FOLDER, ([], {".safetensors"}))
+    """Let the host know of models/concept_features, whatever an extra-paths file has added to it, and of what this pack writes beside its
+    pictures.
+    """
     for place in (Path(folder_paths.models_dir) / FOLDER, output_folder()):
         folder_paths.add_model_folder_path(FOLDER, str(place))
+    paths, known = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*known, ENDING})
 
 
 def names() -> list[str]:
@@ -206,19 +210,38 @@ def _of(told: dict, tensors: dict[str, torch.Tensor]) -> Features:
     return Features(**(told | {"prompts": prompts}), **tensors, readers=readers)
 
 
-def write(features: Features, path: Path) -> None:
-    """As safetensors; a file that is there is only replaced by a whole one. Raises OSError."""
+def write(features: Features, path: Path, keep: bool = False) -> None:
+    """As safetensors; a file that is there is only replaced by a whole one, and where it is to be kept and says something else, moved
+    aside under the next number before. Raises OSError.
+    """
     tensors = {f"{at}.{key}": tensor for at, one in enumerate(features.each()) for key, tensor in _tensors(one).items()}
     told = {"version": VERSION, "sites": [{key: getattr(one, key) for key in WORDS} for one in features.each()]}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, part, {HEADER: json.dumps(told)})
-        os.replace(part, path)
+        if keep and path.exists():
+            if part.read_bytes() == path.read_bytes():
+                return  # untouched, or what was made with it would be made anew
+            _replace_aside(part, path)
+        else:
+            os.replace(part, path)
     except SafetensorError as error:  # which is what a full disk is to safetensors
         raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _replace_aside(part: Path, path: Path) -> None:
+    number = 1
+    while (kept := path.with_name(f"{path.stem}_{number:05}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    try:
+        os.replace(part, path)
+    except OSError:
+        kept.rename(path)
+        raise
 
 
 def read(path: Path) -> Features:

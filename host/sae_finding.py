@@ -135,7 +135,7 @@ def find_in_model(patcher, clip, file: SAEFile, wish: Wish, runs: Runs) -> Found
     reading, levels = Reading(file.sae), levels_of(patcher, runs)
     sides = pooled_sides(patcher, clip, [module], io, levels, (wish.positive, wish.negative), runs, reading)
     features, told = _found(file, reading, *(Codes.of(side[module], file.sae.n) for side in sides), wish, site)
-    printed = fingerprint(patcher.model.get_submodule(module))
+    printed = fingerprint(patcher.model.diffusion_model.get_submodule(site))
     features = features._replace(family=family, io=io, sigmas=torch.tensor(levels), fingerprint=printed).checked()
     pictures = (len(wish.positive) + len(wish.negative)) * runs.pictures
     told.append(f"{pictures} pictures of {runs.steps} steps at CFG {runs.cfg:g}.")

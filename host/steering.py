@@ -10,7 +10,7 @@ import torch
 from ..ops.schedule import Schedule
 from ..ops.shares import Shares
 from ..ops.steering import Scale, Steer, together
-from .dispatcher import Call, Effect, Strength
+from .dispatcher import STEERS, Call, Effect, Strength
 from .feature_sites import fitting
 from .features import DIFF, Features, FeaturesError
 from .places import Place
@@ -26,6 +26,8 @@ class Steered(NamedTuple):
 
     features: Features
     steer: Steer
+
+    turn = STEERS
 
     @classmethod
     def join(cls, parts: Sequence[Steered], module, device, dtype) -> Steers:

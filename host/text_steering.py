@@ -128,6 +128,8 @@ def _acts(clip, steers: Sequence[tuple[TextSteer, Sequence[TextSite]]], tokens: 
     for group in found.values():
         site = group[0][1]
         windows = windows_of(clip, site.seat, tokens)
+        if not windows:
+            continue
         act = Steers([Steered(own, steer.steer._replace(directions=own.operand())) for steer, _, own in group], device)
         setting = act.setting([(steer.strength, 0.0) for steer, _, _ in group])
         scopes = [scope_of(clip, site.seat, windows, steer.scope).to(device) for steer, _, _ in group]
@@ -177,11 +179,15 @@ class Tap:
 
 
 def captured(clip, sites: Sequence[TextSite], tokens: Mapping, encode=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the blocks give for a prompt: rows (windows, T, d), several encoders' side by side, and (windows, T) which of them are words."""
+    """What the blocks give for a prompt: rows (windows, T, d), several encoders' side by side, and (windows, T) which of them are words.
+    None of either, where one of the encoders has no windows to read: for an empty text, some of the host's nodes give it none.
+    """
+    windows = [windows_of(clip, site.seat, tokens) for site in sites]
+    if not all(windows):
+        return torch.zeros(0, 0, sum(site.width for site in sites)), torch.zeros(0, 0, dtype=torch.bool)
     taps = [(site.module, Tap()) for site in sites]
     with placed(taps), torch.inference_mode():
         (encode or clip.encode_from_tokens)(tokens)
-    windows = [windows_of(clip, site.seat, tokens) for site in sites]
     content = torch.zeros(len(windows[0]), max(map(len, windows[0])), dtype=torch.bool)
     for number, window in enumerate(windows[0]):
         content[number, spoken(clip, sites[0].seat, window)] = True
@@ -191,8 +197,10 @@ def captured(clip, sites: Sequence[TextSite], tokens: Mapping, encode=None) -> t
 
 def score(features: Features, rows: torch.Tensor, content: torch.Tensor) -> float:
     """How much of a concept a prompt brings, about 0 without it and 1 with it: by the word that brings most, or all rows but the first
-    together where the features are of these.
+    together where the features are of these; without rows, less than any gate.
     """
+    if not content.numel():
+        return -torch.inf
     scale, operand = features.scale(0.0), features.operand()
     amounts = (operand.activations(rows) - scale.zero) * features.weights
     if features.readers is None:

@@ -164,7 +164,7 @@ class SAETrain(io.ComfyNode):
             runs = Runs(width, height, sampling_steps, cfg, levels, 1, seed)
             ring = max(LEAST, min(RING, steps * batch))
             source = model_rows(model, clip, module, activations, texts, runs, rows)
-            about |= {"runs": runs._asdict(), "rows": rows, "weights": [fingerprint(model.model.get_submodule(module))]}
+            about |= {"runs": runs._asdict(), "rows": rows, "weights": [fingerprint(model.model.diffusion_model.get_submodule(site))]}
             # A transformer's variance lies in few of its numbers.
             settings = settings._replace(normalise=MEAN if writes_apart(family_of(model.model)) else STANDARDISE)
         settings = settings._replace(n=expansion * d)

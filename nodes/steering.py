@@ -258,6 +258,7 @@ class DirectionFind(io.ComfyNode):
                 ),
             ],
             has_intermediate_output=True,
+            is_output_node=True,
         )
 
     @classmethod
@@ -308,12 +309,7 @@ def saved(features: Features, stem: str) -> list[str]:
         return []
     path = output_folder() / f"{stem}.safetensors"
     try:
-        if path.exists():
-            number = 1
-            while (kept := path.with_name(f"{stem}_{number:05}.safetensors")).exists():
-                number += 1
-            path.rename(kept)
-        host_features.write(features, path)
+        host_features.write(features, path, keep=True)
     except OSError as error:  # what was found is not to be lost for that
         return [f"NOT saved as {path} ({error}): make room, or choose another folder."]
     return [f"Saved as {path}."]
@@ -471,8 +467,8 @@ class SteerModel(OfFeatures):
         when = describe_window(start_percent, end_percent) + (f", times {course} over sampling" if course else "")
         told = f"{asked.describe()} ({cfg_mode}), {where}, {when}."
         lines = [features.describe(), told[0].upper() + told[1:], "No model call is added."]
-        one, module = features.each()[-1], list(effect.parts)[-1]
-        lines += _other_weights(fingerprint(model.model.get_submodule(module)), one)
+        one = features.each()[-1]
+        lines += _other_weights(fingerprint(model.model.diffusion_model.get_submodule(one.site)), one)
         model = model.clone()
         attach(model, effect)
         return result(model, "\n".join(lines))

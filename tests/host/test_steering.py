@@ -3,12 +3,14 @@
 import types
 
 import cases
+import folder_paths
 import models
 import pytest
 import sampling
 import state
 import text_encoders
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors.torch import save_file
@@ -17,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 import nodes
 from concept_nodes.host import features as host_features
 from concept_nodes.host import lab, run_record
-from concept_nodes.host.directions import POSITIONS, ROWS, WORDS, Runs, in_model, in_text
+from concept_nodes.host.directions import POSITIONS, ROWS, WORDS, Runs, TapEffect, Tapped, in_model, in_text
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.encoders import seats
 from concept_nodes.host.feature_sites import (
@@ -326,6 +328,99 @@ def test_cross_attention_that_reads_a_text_of_its_own_is_steered(plain):
     moved = first(cases.put_steer(regional, 1.0, found=found, keep_norm="off", side="both")) - read
     expected = (found.scale(14.6146).unit * found.weights) @ found.directions
     torch.testing.assert_close(moved, expected.expand_as(moved), rtol=1e-3, atol=1e-3)
+
+
+class TestReplacedCrossAttention:
+    """Extensions may compute a cross-attention themselves: of its modules only the projections run then."""
+
+    @staticmethod
+    def replaced(model):
+        """At every layer, with the host's own computation twice over."""
+        acting = model.clone()
+
+        def replace(q, k, v, extra_options):
+            return 2 * optimized_attention(q, k, v, extra_options["n_heads"])
+
+        for name, block in [("input", 1), ("input", 2), ("input", 3), ("input", 4), ("middle", 0), *(("output", at) for at in range(12))]:
+            acting.set_model_attn2_replace(replace, name, block)
+        return acting
+
+    def test_is_steered(self, plain):
+        acting, site = self.replaced(plain), layers(plain.model)[2]
+        called = []
+        handle = plain.model.diffusion_model.get_submodule(site).register_forward_hook(lambda *_: called.append(1))
+        assert not torch.equal(models.sample(acting), models.sample(plain)) and len(called) == 4
+        handle.remove()
+        found = models.features(plain, site)
+        read, moved = (
+            steps(one, f"{site}.to_out", steps=1)[0][0]
+            for one in (acting, cases.put_steer(acting, 1.0, found=found, keep_norm="off", side="both"))
+        )
+        expected = (found.scale(14.6146).unit * found.weights) @ found.directions
+        torch.testing.assert_close(moved - read, expected.expand_as(read), rtol=1e-3, atol=1e-3)
+
+    def test_a_direction_is_found(self, plain):
+        runs = Runs(64, 64, 2, 3.0, 2, 1, 5)
+        found = in_model(self.replaced(plain), texts_of("sd15"), AUTO, "out", ("p",), ("q",), runs, "x").features
+        plainly = in_model(plain, texts_of("sd15"), AUTO, "out", ("p",), ("q",), runs, "x").features
+        assert [one.site for one in found.each()] == layers(plain.model)
+        assert [one.fingerprint for one in found.each()] == [one.fingerprint for one in plainly.each()]
+        assert plainly.fingerprint == host_features.fingerprint(plain.model.diffusion_model.get_submodule(plainly.site))
+        assert not torch.equal(found.directions, plainly.directions)
+        report = cases.steer(plain, found=plainly).result[1]
+        assert f"at {plainly.site}" in report and "Note" not in report
+        assert "Note: the weights" in cases.steer(plain, found=found.each()[-1]._replace(fingerprint="0")).result[1]
+
+    def test_a_block_that_never_ran_is_named(self):
+        """One that another extension computes without it."""
+        model = models.build("flux").clone()
+        model.set_model_patch_replace(lambda args, extra: {"img": args["img"], "txt": args["txt"]}, "dit", "double_block", 0)
+        with pytest.raises(FeaturesError, match=r"Nothing passed through double_blocks\.0"):
+            in_model(model, texts_of("flux"), "double_blocks.0", "out", ("p",), ("q",), Runs(64, 64, 2, 1.0, 2, 1, 5), "x")
+
+
+def test_cross_attention_compiles_once(plain):
+    model = plain.clone()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(model, backend=counter)
+    found = models.features(plain, layers(plain.model)[2])
+    first = models.sample(cases.put_steer(model, 0.8, found=found), steps=2)
+    compiled = counter.frame_count
+    second = models.sample(cases.put_steer(model, -0.3, found=found), steps=2)
+    for got, strength in ((first, 0.8), (second, -0.3)):
+        torch.testing.assert_close(got, models.sample(cases.put_steer(plain, strength, found=found), steps=2), **CLOSE)
+    assert counter.frame_count == compiled
+
+
+class TestOrder:
+    """On one module, what adapts it acts first, then steers, then what only reads: whatever the order of the nodes."""
+
+    @pytest.mark.parametrize("mode", [SCALE, CLAMP, ABLATE])
+    def test_steers_see_what_adapters_made(self, mode):
+        model = models.build("flux")
+        options = {"mode": mode, "found": models.features(model, "double_blocks.0.img_attn.proj")}
+        before, behind = cases.put_masked(cases.put_steer(model, 1.0, **options)), cases.put_steer(cases.put_masked(model), 1.0, **options)
+        assert torch.equal(models.sample(before), models.sample(behind))
+        assert not torch.equal(models.sample(behind), models.sample(cases.put_masked(model)))
+
+    def test_readings_come_last(self):
+        """Whatever the order of the nodes, what is kept of a layer is what it gives with everything on it."""
+        model = models.build("flux")
+        found = models.features(model, "double_blocks.0.img_attn.proj")
+
+        def kept(before, behind):
+            seen, listening = [], before(model).clone()
+            tapped = Tapped(lambda sigma, means: seen.append(means), "out")
+            attach(listening, TapEffect({f"diffusion_model.{found.site}": tapped}, [1.0]))
+            models.sample(behind(listening), steps=1)
+            return seen[0]
+
+        def same(one):
+            return one
+
+        for put in (lambda one: cases.put_steer(one, 1.0, found=found), cases.put_masked):
+            assert torch.equal(kept(same, put), kept(put, same)) and not torch.equal(kept(same, put), kept(same, same))
 
 
 class TestRefusals:
@@ -702,6 +797,26 @@ class TestTextRefusals:
             put(clip, gate=1.0, found=text_features(clip, gate=None))
 
 
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "sites", "empty"),
+    [("sd3 without t5", ("clip_l.1", "clip_l.1+clip_g.1"), ("l", "g")), ("flux", ("t5xxl.1", "t5xxl.1+clip_l.1"), ("t5xxl",))],
+)
+def test_an_encoder_without_windows_is_left_alone(kind, sites, empty, whole, gate):
+    """The host's nodes for Stable Diffusion 3 give an encoder none for an empty text."""
+    clip = text_encoders.build(kind)
+    tokens = clip.tokenize("a red circle") | {part: [] for part in empty}
+    plain = clip.encode_from_tokens_scheduled(tokens, show_pbar=False)
+    for site in sites:
+        found = text_features(clip, site, gate=1e-6, whole=whole)
+        rows, content = captured(clip, text_sites(clip, site), tokens)
+        assert rows.shape[2] == found.width and not content.numel()
+        got = put(clip, gate=gate, found=found).encode_from_tokens_scheduled(tokens, show_pbar=False)
+        # Of several encoders' columns, those with windows are steered: their gate is read over all of them.
+        assert bits(got, plain) == (gate > 0 or not site.startswith("t5xxl.1+"))
+
+
 def test_scheduled_hooks_are_steered_too(plain):
     """The host encodes once for every part of sampling there, past `encode_from_tokens`."""
     import comfy.hooks
@@ -790,6 +905,41 @@ class TestFinding:
         there = sorted(path.name for path in host_features.output_folder().glob("kept*"))
         assert there == ["kept.safetensors", "kept_00001.safetensors"]
         assert same(host_features.read(host_features.path_of("kept.safetensors")), found)
+
+    def test_the_same_again_is_no_new_file(self):
+        clip = text_encoders.build("sd15")
+        folder = host_features.output_folder()
+        for _ in range(3):
+            report = DirectionFind.execute(clip, "a red star", "a cat", "text encoder", "clip_l.1", "again").result[1]
+            assert f"Saved as {folder / 'again.safetensors'}" in report
+        assert [path.name for path in folder.glob("again*")] == ["again.safetensors"]
+
+    def test_a_failed_write_leaves_the_file(self):
+        """A name so long that there is no room for the mark of an unfinished file."""
+        clip, stem = text_encoders.build("sd15"), "long" * 59
+        path = host_features.output_folder() / f"{stem}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"before")
+        report = DirectionFind.execute(clip, "a red star", "a cat", "text encoder", "clip_l.1", stem).result[1]
+        assert "NOT saved as" in report and path.read_bytes() == b"before"
+        assert [kept.name for kept in path.parent.glob("long*")] == [path.name]
+
+    def test_can_be_queued_by_itself(self):
+        assert DirectionFind.GET_SCHEMA().is_output_node
+
+    def test_other_files_of_the_folder_are_not_listed(self, tmp_path):
+        """Where an extra-paths file named the folder first, the host knows no endings for it."""
+        known = folder_paths.folder_names_and_paths
+        before = known.pop(host_features.FOLDER, None)
+        try:
+            folder_paths.add_model_folder_path(host_features.FOLDER, str(tmp_path))
+            for name in ("readme.md", "one.safetensors"):
+                (tmp_path / name).write_bytes(b"")
+            assert "one.safetensors" in host_features.names() and "readme.md" not in host_features.names()
+        finally:
+            known.pop(host_features.FOLDER)
+            if before is not None:
+                known[host_features.FOLDER] = before
 
 
 def texts_of(kind):
