@@ -237,18 +237,19 @@ def directions(reader: Reader, seat: Seat, concepts: Sequence[str]) -> tuple[tor
     instead, and the same for the words alone. Kept for as long as the encoder lives and has the same patches.
     """
     clip = reader.clip
-    known = {} if clip.patcher.forced_hooks else _brought.setdefault(getattr(clip.cond_stage_model, seat.part), {})
-    around = [[len(contents(phrase(clip, seat, part))) for part in carrier.split("{}")] for carrier in (*CARRIERS, ALONE)]
+    known = _known(clip, seat)
     keys, missing = [], {}
     for concept in concepts:
-        windows = [phrase(clip, seat, carrier.format(concept)) for carrier in (*CARRIERS, ALONE)]
         # A learned embedding is told by its numbers, which may change under its name.
-        tokens = tuple(item[0] if isinstance(item[0], int) else item[0].float().numpy().tobytes() for item in windows[-1])
+        window = phrase(clip, seat, ALONE.format(concept))
+        tokens = tuple(item[0] if isinstance(item[0], int) else item[0].float().numpy().tobytes() for item in window)
         keys.append((clip.patcher.patches_uuid, clip.layer_idx, tokens))
         if keys[-1] not in known:
-            missing[keys[-1]] = windows
+            missing[keys[-1]] = concept
     if missing:
-        full = [window for windows in missing.values() for window in windows]
+        carriers = (*CARRIERS, ALONE)
+        around = [[len(contents(phrase(clip, seat, part))) for part in carrier.split("{}")] for carrier in carriers]
+        full = [phrase(clip, seat, carrier.format(concept)) for concept in missing.values() for carrier in carriers]
         inside = [
             contents(window)[before : len(contents(window)) - behind]
             for window, (before, behind) in zip(full, around * len(missing), strict=True)
@@ -256,10 +257,24 @@ def directions(reader: Reader, seat: Seat, concepts: Sequence[str]) -> tuple[tor
         bare = [without(window, places) for window, places in zip(full, inside, strict=True)]
         rows = reader.rows(seat, full + bare)[0]
         made = [brought(seat, *pair, places) for *pair, places in zip(rows[: len(full)], rows[len(full) :], inside, strict=True)]
-        made = torch.stack(made).view(len(missing), len(around), -1)
+        made = torch.stack(made).view(len(missing), len(carriers), -1)
         known |= zip(missing, torch.stack([made[:, :-1].mean(1), made[:, -1]], 1), strict=True)
     told = torch.stack([known[key] for key in keys])
     return told[:, 0], told[:, 1]
+
+
+def _known(clip, seat: Seat) -> dict:
+    """What is kept for an encoder; hooks may change it unseen, so that with them nothing is."""
+    return {} if clip.patcher.forced_hooks else _brought.setdefault(getattr(clip.cond_stage_model, seat.part), {})
+
+
+def in_common(reader: Reader, seat: Seat) -> tuple[ops.Span, ops.Span]:
+    """The direction in which any word changes an encoder's rows, twice as `directions`: the mean over words of no particular concept."""
+    clip = reader.clip
+    known, key = _known(clip, seat), (clip.patcher.patches_uuid, clip.layer_idx, NEUTRAL)
+    if key not in known:
+        known[key] = tuple(ops.Span.of(heard.mean(0, keepdim=True)) for heard in directions(reader, seat, NEUTRAL))
+    return known[key]
 
 
 def forget() -> None:
@@ -271,8 +286,7 @@ class Ear:
     """What an encoder hears of concepts in words: how much of each (K,) lies in what words bring (N, D), in a text and by themselves."""
 
     def __init__(self, reader: Reader, seat: Seat, concepts: Sequence[str]):
-        neutral = [ops.Span.of(heard.mean(0, keepdim=True)) for heard in directions(reader, seat, NEUTRAL)]
-        self.common = dict(zip((CARRIERS, ALONE), neutral, strict=True))
+        self.common = dict(zip((CARRIERS, ALONE), in_common(reader, seat), strict=True))
         heard = directions(reader, seat, concepts)
         self.concepts = {key: self.common[key].outside(one) for key, one in zip((CARRIERS, ALONE), heard, strict=True)}
 
