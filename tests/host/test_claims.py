@@ -55,7 +55,7 @@ def test_the_filters_page_tells_what_was_measured():
         figure = Figure(**result["figures"][key])
         line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"  # no minus before nought
         assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
-        assert figure.n >= 300 or key == "text_overhead"
+        assert figure.n >= 300 or key in ("text_overhead", "adaptive_lead")  # the published arms have fewer texts
 
 
 def test_and_of_latent_re_attention():
