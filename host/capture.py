@@ -227,6 +227,7 @@ class Reading:
         return Readings(parts, module)
 
     def read(self, module, output, args, kwargs) -> None:
+        """Take what is needed of what a module was given and gave; each kind of reading has its own."""
         raise NotImplementedError
 
 
