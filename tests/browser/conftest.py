@@ -48,9 +48,17 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def profile(chromium, host):  # noqa: F811 - after chromium, so that no host is started where there is none
+    """A browser profile whose cache keeps the frontend's files from test to test; `canvas` empties the rest of it."""
+    context = chromium.new_context(viewport={"width": 1900, "height": 1000})
+    yield context
+    context.close()
+
+
 @pytest.fixture(params=["classic", "nodes2"])
-def canvas(request, chromium, host):  # noqa: F811 - after chromium, so that no host is started where there is none
-    """The frontend in a fresh browser profile, in the classic canvas and in Nodes 2.0."""
+def canvas(request, profile, host):  # noqa: F811
+    """The frontend as on a first visit, in the classic canvas and in Nodes 2.0."""
     post_json(
         f"{host.url}/settings",
         {
@@ -58,10 +66,12 @@ def canvas(request, chromium, host):  # noqa: F811 - after chromium, so that no 
             "Comfy.VueNodes.Enabled": request.param == "nodes2",
         },
     )
-    context = chromium.new_context(viewport={"width": 1900, "height": 1000})
-    canvas = Canvas(context.new_page(), host.url, nodes2=request.param == "nodes2")
+    page = profile.new_page()
+    kept = {"origin": host.url, "storageTypes": "local_storage,indexeddb,cookies"}  # what a page leaves for the next; its own goes with it
+    profile.new_cdp_session(page).send("Storage.clearDataForOrigin", kept)
+    canvas = Canvas(page, host.url, nodes2=request.param == "nodes2")
     yield canvas
     if folder := os.environ.get(SCREENSHOTS):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        canvas.page.screenshot(path=Path(folder) / f"{request.node.name.replace('[', '-').rstrip(']')}.png")
-    context.close()
+        page.screenshot(path=Path(folder) / f"{request.node.name.replace('[', '-').rstrip(']')}.png")
+    page.close()
