@@ -353,10 +353,13 @@ class Block(Reading):
         k = apply_rope1(tap.pick(k), turns[:, :, words:])
         seen = {}
         if self.shown:
-            keys = torch.cat([apply_rope1(tap.pick(text_k), turns[:, :, :words]), k], 2)
+            several = 0 < tap.words < words  # where everything would see the common text, not where it does
+            own = slice(tap.first, tap.first + tap.words) if several else slice(words)
+            keys = torch.cat([apply_rope1(tap.pick(text_k)[:, :, own], turns[:, :, own]), k], 2)
             asked = apply_rope1(tap.pick(q), turns[:, :, words:])[:, :, : tap.tokens]
-            bias = None if mask is None else _bias(mask if len(mask) == 1 else tap.pick(mask), words, tap.tokens)
-            seen[ATTENTION] = columns(asked, keys, 0, words, bias)
+            plain = several or mask is None
+            bias = None if plain else _bias(mask if len(mask) == 1 else tap.pick(mask), words, tap.tokens)
+            seen[ATTENTION] = columns(asked, keys, 0, own.stop - (own.start or 0), bias)
         if self.stream is not None:
             vec = tap.pick(kwargs["vec"])
             if self.first:

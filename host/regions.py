@@ -121,7 +121,7 @@ class Regions:
         return replace(self, filters={**self.filters, name: unwanted._replace(concepts=concepts)})
 
     def drawn(self, height: int, width: int) -> torch.Tensor:
-        """(K, height, width): the regions' shares in order; a live one has all that it may have."""
+        """(K, height, width): the regions' shares in order."""
         return self.document.masks(height, width, self.masks)
 
     def live(self) -> list[Region]:
@@ -170,10 +170,14 @@ class Drawing:
         return self._drawn[1]
 
     def own(self, height: int, width: int) -> torch.Tensor:
-        """(K, height, width): the regions' own masks, whatever the others have."""
+        """(K, height, width): the regions' own masks, whatever the others have. A live one that has none may be anywhere."""
         if self._own is None or self._own[0] != (height, width):
-            fine = self.regions.document.drawn(self.FINER * height, self.FINER * width, self.regions.masks)
-            self._own = (height, width), pool(fine, height, width)
+            regions = self.regions
+            own = pool(regions.document.drawn(self.FINER * height, self.FINER * width, regions.masks), height, width)
+            for mask, region in zip(own, regions.document.regions, strict=True):
+                if region.live is not None and not region.shapes and region.name not in regions.masks:
+                    mask.fill_(float(region.visible))
+            self._own = (height, width), own
         return self._own[1]
 
     def with_live(self, height: int, width: int, found: torch.Tensor) -> torch.Tensor:
