@@ -28,8 +28,7 @@ class Kind(NamedTuple):
     """What calls must have in common to share a `Spread`.
 
     full: height and width of the whole latent; crops: each chunk's part of it, one for all where they are the same; names: each chunk's
-    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own; live: the
-    numbers of the masks that come of the sampling itself.
+    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own.
     """
 
     full: tuple[int, int]
@@ -38,7 +37,6 @@ class Kind(NamedTuple):
     batch: int
     tokens: int
     references: int
-    live: tuple[int, ...] = ()
 
 
 class Spread:
@@ -50,22 +48,15 @@ class Spread:
     def __init__(
         self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device, kept: Mapping[Any, Any] | None = None
     ):
-        self.kind, self.device, self._kept = kind, device, kept or {}
+        self.kind, self.device, self._kept = kind, device, {} if kept is None else kept
         # What neither brings a text nor acts on words divides no text: those places go last, and are left out of the segments.
         wordless = {place: True for place, _ in placed.values()}
         for place, text in placed.values():
             wordless[place] &= text == "none" and not place.texts and place.group == (place,)
         self.places = sorted(wordless, key=wordless.get)
         self._number = {place: index for index, place in enumerate(self.places)}
-        whole = self._on(self.places)
-        self._pictures = whole.shape[1]
-        worded = len(self.places) - sum(wordless.values())
-        # Maps of words are read where the common text goes through nobody's adapters, which must be asked for then.
-        self.segments, shares = segments(self.places[:worded], whole[:worded], rest=bool(kind.live))
-        names = kind.names or ("",)
-        self._names = names
-        self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
-        self._whole, self._masks, self._shared = whole, self._cut(whole), self._cut(shares)
+        self._worded = len(self.places) - sum(wordless.values())
+        self._names = kind.names or ("",)
         self._policies = {index: text for index, (_, text) in placed.items()}
         self._placed = {index: place for index, (place, _) in placed.items()}
         self._of_sites: dict = {}
@@ -73,6 +64,29 @@ class Spread:
         self._repeats = False
         self.joint: Joint | None = None
         self.biases: dict = {}
+        self.live: tuple[int, ...] = ()
+        self._draw()
+
+    def _draw(self) -> None:
+        whole = self._on(self.places)
+        self._pictures = whole.shape[1]
+        # Masks that change keep all segments there could be. Maps of words are read in the first, which is nobody's.
+        moving = any(place.source is not None for place in self.places)
+        self.segments, shares = segments(self.places[: self._worded], whole[: self._worded], every=moving)
+        self.texts = [[segment.reader.text(name) if segment.reader else None for name in self._names] for segment in self.segments]
+        self._masks, self._shared = self._cut(whole), self._cut(shares)
+
+    def follow(self, live: tuple[int, ...]) -> None:
+        """Masks of another number hold from now on; it is to be said anew how texts are read, and then to `refresh`."""
+        self.live, self.biases = live, {}
+        self._draw()
+
+    def refresh(self) -> None:
+        """What layers use stays in its place, with other numbers in it."""
+        self._of_sites = {key: shares for key, shares in self._of_sites.items() if key[0] != "segments"}
+        for (site, columns), shares in self._of_sites.items():
+            if shares.whole:
+                shares.rows = self._of_site(site, columns)
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
         """One pyramid for each crop; where pictures have masks of their own, for each row of the batch."""
@@ -119,13 +133,18 @@ class Spread:
         columns = list(dict.fromkeys(names))
         key = (site, tuple(columns))
         if key not in self._of_sites:
-            chunks = [(at // self._pictures, pyramid) for at, pyramid in enumerate(self._masks)]
-            differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
-            if len(chunks) < len(self._names) and differ:
-                chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
+            whole = any(self.places[place].source is not None for place, _ in columns)
             grid = tuple(self._masks[0].at(site.level).shape[-2:]) if site.kind == MAP else None
-            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]), grid)
+            self._of_sites[key] = Shares(self._of_site(site, key[1]), grid, whole)
         return [columns.index(name) for name in names], self._of_sites[key]
+
+    def _of_site(self, site: Site, columns: Sequence[tuple[int, str | Words]]) -> torch.Tensor:
+        """(columns, batch rows or 1, rows)"""
+        chunks = [(at // self._pictures, pyramid) for at, pyramid in enumerate(self._masks)]
+        differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
+        if len(chunks) < len(self._names) and differ:
+            chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
+        return self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks])
 
     def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str | Words]], chunk: int) -> torch.Tensor:
         """(columns, rows) in one chunk of the batch."""

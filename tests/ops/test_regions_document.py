@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concept_nodes.ops.masks import Box, Ellipse, Polygon, Stroke
-from concept_nodes.ops.regions import MOST, UNIT, THRESHOLDS, Document, DocumentError, Live, LoraFile, Region, dump, parse
+from concept_nodes.ops.regions import MOST, THRESHOLDS, UNIT, Document, DocumentError, Live, LoraFile, Region, dump, parse
 
 TWO = {
     "version": 1,
