@@ -200,10 +200,12 @@ class Tap:
     tokens        positions of the picture (a Flux sequence may have more, for reference pictures); 0 where that need not be known
     first, words  of the keys those of the common text, where several texts lie behind one another; no words for all of them
     seen          (rows, positions, words) what the call showed, by source
+    then          who is told what a cross-attention shows before the call goes on
     """
 
     def __init__(self):
         self.rows: torch.Tensor | None = None
+        self.then: Callable[[torch.Tensor], None] | None = None
         self.batch = self.tokens = self.first = self.words = 0
         self.held: dict[str, Any] = {}
         self.seen: dict[str, torch.Tensor] = {}
@@ -270,6 +272,8 @@ class Keys(Reading):
             keys = output[:, tap.first : tap.first + tap.words] if tap.words else output
             q, k = (split_heads(tap.pick(part), self.heads) for part in (tap.held["q"], keys))
             tap.seen = {ATTENTION: columns(q, k)}
+            if tap.then is not None:
+                tap.then(tap.seen[ATTENTION])
         tap.held = {}
 
 

@@ -115,6 +115,7 @@ class Effect:
     text: str | Words = "own"
     apart: tuple[Place, ...] = ()
     asks = False  # whether it needs what projections of words give in every call, kept keys and values or not
+    behind: Mapping[str, str] = {}  # modules whose masks it draws anew in each call, and by what name it calls those it draws at once
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -369,6 +370,7 @@ class Run:
         self.reads_jointly = masked and any(kind == JOINT for kind in family_of(patcher.model).rows)
         self.joint: Joint | None = None
         self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
+        self.behind = {name: key for effect in self.effects for name, key in effect.behind.items()}
         self.notes: dict[str, None] = {}
         self._around: list[tuple[str, CrossAct | SelfAct]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
@@ -525,7 +527,7 @@ class Run:
                 if not own:
                     yield act, act.setting(values)
                 else:
-                    numbers, shares = spread.shares(self.sites[name], own)
+                    numbers, shares = spread.shares(self.sites[name], own, self.behind.get(name, ""))
                     number_of = dict(zip(own, numbers, strict=True))
                     yield act, act.setting(values, [number_of.get(index) for index in members], shares)
 

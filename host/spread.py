@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from .joint import Joint
 from .places import Place, Segment, segments
 from .sites import JOINT, MAP, TEXT, VECTOR, Pyramid, Site
 from .words import Words
+
+SEGMENTS = "segments"
 
 
 class Crop(NamedTuple):
@@ -83,10 +85,24 @@ class Spread:
 
     def refresh(self) -> None:
         """What layers use stays in its place, with other numbers in it."""
-        self._of_sites = {key: shares for key, shares in self._of_sites.items() if key[0] != "segments"}
-        for (site, columns), shares in self._of_sites.items():
+        self._of_sites = {key: shares for key, shares in self._of_sites.items() if key[0] != SEGMENTS}
+        for (site, columns, _), shares in self._of_sites.items():
             if shares.whole:
                 shares.rows = self._of_site(site, columns)
+
+    def draw(self, behind: str, source: Hashable, masks: torch.Tensor) -> None:
+        """Masks (K, pictures, h, w) of a source's places on the layers behind an attention, over its grid, for the rest of the call."""
+        kind = self.kind
+        chunks = max(1, len(kind.names))
+        if masks.shape[1] * chunks != kind.batch or kind.crops != (Crop(0, 0, *kind.full),):
+            return
+        found = masks.flatten(2).repeat(1, chunks, 1)
+        for (_, columns, own), shares in self._of_sites.items():
+            if own == behind and own and shares.tokens == found.shape[-1]:
+                places = [self.places[place] for place, _ in columns]
+                before = shares.rows.expand(-1, kind.batch, -1)
+                rows = [found[place.index] if place.source == source else before[at] for at, place in enumerate(places)]
+                shares.rows = torch.stack(rows).to(before)
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
         """One pyramid for each crop; where pictures have masks of their own, for each row of the batch."""
@@ -119,19 +135,20 @@ class Spread:
 
     def segment_shares(self, site: Site) -> Shares:
         """Who reads which segment's text, at a layer over the picture."""
-        key = ("segments", site.level)
+        key = (SEGMENTS, site.level, "")
         if key not in self._of_sites:
             self._of_sites[key] = Shares(self._over([shared.at(site.level).flatten(1) for shared in self._shared]))
         return self._of_sites[key]
 
-    def shares(self, site: Site, members: Sequence[int]) -> tuple[list[int], Shares]:
+    def shares(self, site: Site, members: Sequence[int], behind: str = "") -> tuple[list[int], Shares]:
         """For the effects `members`: the number of each one's place in the shares of a layer's rows, and these. Effects that act on other
-        words of the prompt than their place does are places of their own.
+        words of the prompt than their place does are places of their own. behind: the attention that draws the masks of the layers behind
+        it anew in each call, see `draw`.
         """
         words = site.kind in (TEXT, JOINT)
         names = [(self._number[self._placed[index]], self._policies[index] if words else "") for index in members]
         columns = list(dict.fromkeys(names))
-        key = (site, tuple(columns))
+        key = (site, tuple(columns), behind)
         if key not in self._of_sites:
             whole = any(self.places[place].source is not None for place, _ in columns)
             grid = tuple(self._masks[0].at(site.level).shape[-2:]) if site.kind == MAP else None

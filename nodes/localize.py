@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host import adapters, files
 from ..host.regions import Hung, Regions
-from ..ops.regions import COLOURS, MOST_GROWN, SMOOTHEST, THRESHOLDS, Live, Region
+from ..ops.regions import COLOURS, MOST_GROWN, SCOPES, SMOOTHEST, THRESHOLDS, Live, Region
 from ._shared import (
     CONNECTED,
     LORA_MODEL,
@@ -64,6 +64,15 @@ class Localize(OfLoraName):
                     ),
                 ),
                 share_input("level", NEUTRAL.level, "For 'quantile', from 0 to 1: higher gives a smaller region. No effect otherwise."),
+                io.Combo.Input(
+                    "scope",
+                    options=list(SCOPES),
+                    default=NEUTRAL.scope,
+                    tooltip=(
+                        "'step' (neutral): all layers follow the maps of the steps before. 'block' (UNets): the layers behind each "
+                        "attention to the words follow that attention's own map in the same call, the others the steps before."
+                    ),
+                ),
                 io.Float.Input(
                     "smoothing",
                     default=NEUTRAL.smoothing,
@@ -120,6 +129,7 @@ class Localize(OfLoraName):
         strength_model,
         threshold,
         level,
+        scope,
         smoothing,
         start_percent,
         end_percent,
@@ -139,7 +149,7 @@ class Localize(OfLoraName):
         regions, mask = regions or Regions(), None if mask is None else checked_mask(mask)
         behind = "\n".join(line.strip() for line in background.splitlines() if line.strip())
         live = Live(
-            phrase.strip(), behind, threshold, level, smoothing, start_percent, end_percent, freeze_percent, bool(largest), int(grow)
+            phrase.strip(), behind, threshold, level, scope, smoothing, start_percent, end_percent, freeze_percent, bool(largest), int(grow)
         )
         region = Region(checked_name(name), COLOURS[len(regions.names()) % len(COLOURS)], live=live)
         regions = regions.with_region(region, mask)

@@ -29,6 +29,7 @@ UNIT = 10_000
 MOST = 64
 LONGEST = 2_000_000  # characters of JSON: it goes into every saved picture
 THRESHOLDS = ("argmax", "otsu", "quantile", "median", "soft")
+SCOPES = ("step", "block")
 SMOOTHEST = 0.95
 MOST_GROWN = 8
 OVERLAPS = ("normalize", "priority", "max")
@@ -56,15 +57,16 @@ class Live:
     """A region found while the picture is sampled, where the model attends to a phrase of the common prompt.
 
     phrase: empty for the region's prompt, or its name; background: phrases, one in each line, that stand for what is no region; threshold:
-    one of THRESHOLDS, with its level; smoothing: how much of the map before stays in each step; start, end: shares of sampling between
-    which the region is there; until: that after which it stays where it is; largest: its largest part alone; grown: by how many cells of
-    the map it reaches further.
+    one of THRESHOLDS, with its level; scope: one of SCOPES, "block" where layers behind an attention follow it in the same call;
+    smoothing: how much of the map before stays in each step; start, end: shares of sampling between which the region is there; until: that
+    after which it stays where it is; largest: its largest part alone; grown: by how many cells of the map it reaches further.
     """
 
     phrase: str = ""
     background: str = ""
     threshold: str = "argmax"
     level: float = 0.5
+    scope: str = "step"
     smoothing: float = 0.5
     start: float = 0.1
     end: float = 1.0
@@ -122,7 +124,7 @@ class Document:
         if not self.regions:
             return drawn
         at = [index for index, region in enumerate(self.regions) if not region.rest]
-        weights = torch.tensor([self.regions[index].weight for index in at])
+        weights = torch.tensor([self.regions[index].weight for index in at], device=drawn.device)
         shared = combine(drawn[at], weights, self.overlap) if at else drawn[:0]
         left, own = (1 - shared.sum(0)).clamp(min=0), iter(shared)
         rests = sum(region.rest for region in self.regions)
@@ -287,6 +289,7 @@ def _live(data: Any, where: str) -> Live:
         background=fields.text("background"),
         threshold=fields.choice("threshold", THRESHOLDS),
         level=fields.number("level", _NEUTRAL_LIVE.level, 0.0, 1.0),
+        scope=fields.choice("scope", SCOPES),
         smoothing=fields.number("smoothing", _NEUTRAL_LIVE.smoothing, 0.0, SMOOTHEST),
         start=start,
         end=end,

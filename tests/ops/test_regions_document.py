@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concept_nodes.ops.masks import Box, Ellipse, Polygon, Stroke
-from concept_nodes.ops.regions import MOST, THRESHOLDS, UNIT, Document, DocumentError, Live, LoraFile, Region, dump, parse
+from concept_nodes.ops.regions import MOST, SCOPES, THRESHOLDS, UNIT, Document, DocumentError, Live, LoraFile, Region, dump, parse
 
 TWO = {
     "version": 1,
@@ -52,6 +52,7 @@ lives = st.builds(
     background=st.text(),
     threshold=st.sampled_from(THRESHOLDS),
     level=st.floats(0, 1),
+    scope=st.sampled_from(SCOPES),
     smoothing=st.floats(0, 0.95),
     start=st.floats(0, 0.5),
     end=st.floats(0.5, 1),

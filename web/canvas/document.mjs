@@ -18,8 +18,10 @@ const LEAST_NUMBERS = { box: 4, ellipse: 4, polygon: 6, stroke: 2 };
 const REGION_FIELDS = "name colour shapes rest prompt negative loras weight feather visible locked live".split(" ");
 const LORA_FIELDS = ["file", "model", "clip", "start", "end"];
 const THRESHOLDS = ["argmax", "otsu", "quantile", "median", "soft"];
+const SCOPES = ["step", "block"];
 const NEUTRAL_LIVE = {
-  phrase: "", background: "", threshold: THRESHOLDS[0], level: 0.5, smoothing: 0.5, start: 0.1, end: 1, until: 1, largest: false, grown: 0,
+  phrase: "", background: "", threshold: THRESHOLDS[0], level: 0.5, scope: SCOPES[0], smoothing: 0.5, start: 0.1, end: 1, until: 1,
+  largest: false, grown: 0,
 };
 
 /** A document that cannot be used; the message names the field and says what it must be. */
@@ -190,6 +192,7 @@ function readLive(data, where) {
     background: fields.text("background"),
     threshold: fields.choice("threshold", THRESHOLDS),
     level: share("level"),
+    scope: fields.choice("scope", SCOPES),
     smoothing: share("smoothing", 0.95),
     start,
     end,
