@@ -118,22 +118,24 @@ def kind_of(model) -> str:
     return next(kind for kind, (config, _) in models.KINDS.items() if type(model.model.model_config) is config)
 
 
+SETTINGS = {
+    "threshold": "argmax",
+    "level": 0.5,
+    "scope": "step",
+    "smoothing": 0.5,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "freeze_percent": 1.0,
+}
+MEDIAN = SETTINGS | {"threshold": "median"}
+
+
 def execute(model, strength=0.8, text="own", mask=None, names=("cat", "dog"), **live):
     """Two words found in a prompt of seven rows, a LoRA on each."""
-    settings = {
-        "threshold": "argmax",
-        "level": 0.5,
-        "scope": "step",
-        "smoothing": 0.5,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "freeze_percent": 1.0,
-    } | live
     regions = None
     for seed, name in enumerate(names):
-        (regions,) = Localize.execute(
-            name, "", "none", strength, regions=regions, lora=models.lora(model, seed=seed), mask=mask, **settings
-        ).result
+        lora = models.lora(model, seed=seed)
+        (regions,) = Localize.execute(name, "", "none", strength, regions=regions, lora=lora, mask=mask, **SETTINGS | live).result
     return put(model, regions, text)
 
 
@@ -379,12 +381,11 @@ def test_own_block_is_for_unets():
 class TestNodes:
     def test_what_hangs_on_regions_hangs_on_these(self):
         model = models.build()
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         lora = models.lora(model)
         (loras,) = RegionLoRA.execute(regions, "cat", "none", 0.8, 0.0, 0.0, 1.0, lora).result
         (sliders,) = RegionSlider.execute(regions, "cat", "none", 0.8, 0.0, 1.0, lora).result
-        expected = models.sample(acts(model, names=("cat",), threshold="median"))
-        own = Localize.execute("cat", "", "none", 0.8, "median", 0.5, 0.5, 0.0, 1.0, 1.0, lora=models.lora(model)).result[0]
+        own = Localize.execute("cat", "", "none", 0.8, lora=models.lora(model), **MEDIAN).result[0]
         expected = models.sample(put(model, own).result[0])
         for hung in (loras, sliders):
             assert torch.equal(models.sample(put(model, hung).result[0]), expected)
@@ -395,7 +396,7 @@ class TestNodes:
 
     @pytest.mark.parametrize("missing", [{"clip": None}, {"prompt": " "}])
     def test_nothing_to_find_words_with(self, missing):
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         with pytest.raises(RegionsError, match="found by words of the common prompt"):
             put(models.build(), regions, **missing)
 
@@ -411,6 +412,6 @@ class TestNodes:
             acts(models.build(), **wrong)
 
     def test_there_is_no_mask_before_the_run(self):
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         with pytest.raises(ValueError, match="'cat': found by words while a picture is sampled.*Maps of Words"):
             RegionsToMasks.execute(regions, 64, 64)
