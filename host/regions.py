@@ -11,13 +11,12 @@ import torch
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
 from ..ops.schedule import Schedule
-from . import adapters, files, maps
-from .capture import layers_of
+from . import adapters, capture, files, maps
 from .dispatcher import Call, Effect, attach
 from .encoders import EncoderError
 from .families import ALL, Family, family_of
 from .filter import FilterError, Prompt, Settings, keep_out, matching
-from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought
+from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought, layers_of
 from .places import LivePlace, Place, group
 from .sites import JOINT
 from .window import course
@@ -330,7 +329,10 @@ def _finder(patcher, regions: Regions, drawing: Drawing, clip, family: Family, p
             f"Region '{sought[0].name}' is the only one that is found by words, and argmax compares: all of the picture would be its. "
             "Choose another threshold, or give it a background."
         )
-    return LocalizeEffect(patcher.model, layers_of(patcher.model), sought, length, drawing.with_live)
+    # In a block of its own every attention tells of what is behind it.
+    by_block = any(one.live.scope == BLOCK for one in sought)
+    layers = capture.layers_of(patcher.model, capture.ALL) if by_block else layers_of(patcher.model)
+    return LocalizeEffect(patcher.model, layers, sought, length, drawing.with_live)
 
 
 def _told(one: Sought, finder: LocalizeEffect) -> str:
