@@ -126,12 +126,12 @@ class Masks:
 
 def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -> torch.Tensor:
     """(N, pictures, height, width) in 0..1, from maps (pictures, N + M, h, w) of N phrases and M of their backgrounds. Where several are
-    sought, a place goes to the one whose map, as a multiple of its own mean, is the highest; soft ones share it.
+    sought, a place goes to the one whose map is the highest in comparison with itself; soft ones share it.
     """
     cell = max(1, round(height / maps.shape[-2]))
-    maps = ops.resized(maps, height, width)
-    own, others = maps[:, : len(sought)], maps[:, len(sought) :]
-    won, heights, first, found = ops.winners(own), ops.heights(own), 0, []
+    rivals, maps = ops.resized(ops.log_relative(maps), height, width), ops.resized(maps, height, width)
+    (own, mine), others = (part[:, : len(sought)] for part in (maps, rivals)), rivals[:, len(sought) :]
+    won, heights, first, found = ops.winners(mine), ops.heights(own), 0, []
     for index, one in enumerate(sought):
         behind = others[:, first : first + len(one.background)]
         first += len(one.background)
@@ -141,7 +141,7 @@ def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -
             continue
         mask = won[:, index : index + 1]
         if behind.shape[1]:
-            mask = mask & (alone >= behind.amax(1, keepdim=True))
+            mask = mask & (mine[:, index : index + 1] >= behind.amax(1, keepdim=True))
         if one.live.threshold == OTSU:
             mask = mask & ops.over_otsu(alone)
         elif one.live.threshold != ARGMAX:

@@ -84,6 +84,14 @@ class TestMasks:
         assert ((behind == 0) | (alone == 1)).all()
         assert behind.sum() < alone.sum()
 
+    def test_a_flat_map_and_a_sharp_one_compete_by_where_they_are_high(self):
+        """Of two maps that are each one half of the picture, each has its half, however sharp."""
+        left = torch.zeros(1, 1, 8, 8)
+        left[..., :4] = 1
+        maps = torch.cat([(5 * left).exp(), (0.1 * (1 - left)).exp()], 1)
+        first, second = cut(maps, sought(2), 8, 8)
+        assert torch.equal(first, left[0]) and torch.equal(second, 1 - left[0])
+
     def test_a_picture_does_not_see_the_others(self):
         maps = models.seeded((3, 2, 8, 8), 1).exp()
         for threshold in ("argmax", "otsu", "median", "soft"):
@@ -353,7 +361,7 @@ class TestOwnBlock:
 
     def test_nothing_of_it_is_nothing(self, kind):
         model = models.build(kind)
-        assert torch.equal(models.sample(self.put(model, strength=0.0)), models.sample(model))
+        assert torch.equal(models.sample(self.put(model, strength=0.0, threshold="median")), models.sample(model))
         nowhere = models.sample(self.put(model, threshold="quantile", level=1.0))
         torch.testing.assert_close(nowhere, models.sample(model), rtol=0, atol=1e-6)
 
