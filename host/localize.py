@@ -186,7 +186,7 @@ class LocalizeEffect(CaptureEffect):
 
     def enter(self, call: Call) -> None:
         super().enter(call)
-        self.moving = [end.holds(call.sigma) if end.end > 0 else True for end in self.ends]
+        self.moving = [end.holds(call.sigma) for end in self.ends]
 
     def look_back(self, call: Call) -> None:
         super().look_back(call)
