@@ -25,14 +25,12 @@ from .window import Window
 
 BLOCK = "block"
 ARGMAX, OTSU, QUANTILE, MEDIAN, SOFT = "argmax", "otsu", "quantile", "median", "soft"
-
-
 LAYOUT = 2  # halvings of the latent at the decoder's attention that places things
 
 
 def layers_of(model) -> list[str]:
-    """Names of the attentions that say where things are: of a UNet the decoder's first on its third grid, which early steps lay the picture
-    out in (Concept Conductor takes the same one, arXiv 2408.03632); of others those that maps are read from. Raises UnsupportedFamily.
+    """Names of the attentions that say where things are: of a UNet the decoder's first on its third grid (Concept Conductor, arXiv
+    2408.03632, holds layouts of Stable Diffusion 1.5 by that one); of others those that maps are read from. Raises UnsupportedFamily.
     """
     names = capture.layers_of(model, capture.ALL)
     levels = {} if _jointly(model) else {name: sites(model, [f"{name}.to_q"])[f"{name}.to_q"].level for name in names}
@@ -164,6 +162,7 @@ class LocalizeEffect(CaptureEffect):
         self.sought, self.length, self.share_out = tuple(sought), length, share_out
         super().__init__(model, layers, 0.0, max(one.live.until for one in sought))
         self.source = source or object()
+        self.followed = frozenset(layers_of(model)) & {*layers} or frozenset(layers)
         if any(one.live.scope == BLOCK for one in sought):
             self.behind = behind(model, layers)
         self.name = f"Maps of {', '.join(repr(one.bound.phrase) for one in sought)} in {len(layers)} layers"
@@ -228,7 +227,7 @@ class LocalizeEffect(CaptureEffect):
     def _add(self, name: str, source: str, maps: torch.Tensor, now: Now, words: int) -> bool:
         if not super()._add(name, source, maps, now, words):
             return False
-        if source == ATTENTION:
+        if source == ATTENTION and name in self.followed:
             chunks = [number for number, (entry, *_) in enumerate(now.chunks) if entry == 0]
             each = len(maps) // max(1, len(now.chunks))
             for number in chunks:

@@ -265,6 +265,18 @@ class TestMasksOfARun:
         torch.testing.assert_close(top + cat + rest, torch.ones(1, 8, 8))
         assert cat[..., 4:, :].any() and rest.any() and float(top[..., :4, :].min()) >= 0.5
 
+    @each_kind
+    @pytest.mark.parametrize("text", ["own", "none"])
+    def test_isolation_follows(self, kind, text):
+        model = models.build(kind)
+        regions = Regions()
+        for seed, name in enumerate(("cat", "dog")):
+            regions = regions.with_region(Region(name, live=Live(name, start=0.2)))
+            regions = regions.with_lora(name, Hung(name, models.lora(model, seed=seed), 0.8, 0.0))
+        apart, together = (put(model, regions, text, isolation=value, isolation_end=1.0).result[0] for value in (5.0, 0.0))
+        assert not torch.equal(models.sample(apart), models.sample(together))
+        torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
+
     def test_maps_of_words_draws_the_same_run(self):
         model = models.build()
         out = models.sample(acts(model))
