@@ -325,7 +325,7 @@ class RegionsToMasks(io.ComfyNode):
         if not regions.names():
             raise ValueError("There are no regions, so there are no masks. Add a region first.")
         if regions.live():
-            listed = ", ".join(f"'{region.name}'" for region in regions.live())
+            listed = ", ".join(f"'{regions.names()[index]}'" for index in regions.live())
             raise ValueError(
                 f"{listed}: found by words while a picture is sampled, so there is no mask before. Maps of Words, behind the sampler, "
                 "draws where the model put them."
