@@ -386,7 +386,7 @@ class RegionsApply(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter.",
+                    tooltip="Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter or is found by words.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -394,8 +394,8 @@ class RegionsApply(io.ComfyNode):
                     optional=True,
                     force_input=True,
                     tooltip=(
-                        "The text that positive was made from: for text 'span', which finds the regions' words in it, and for filters on "
-                        "regions that have no prompt of their own. Neutral: empty."
+                        "The text that positive was made from: for text 'span', which finds the regions' words in it, for regions that are "
+                        "found by words, and for filters on regions that have no prompt of their own. Neutral: empty."
                     ),
                 ),
             ],
