@@ -386,7 +386,9 @@ class RegionsApply(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter or is found by words.",
+                    tooltip=(
+                        "Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter or is found by words."
+                    ),
                 ),
                 io.String.Input(
                     "prompt",
