@@ -89,8 +89,8 @@ def fitted(picture: torch.Tensor, mask: torch.Tensor, height: int, width: int) -
 
 
 class Reference(NamedTuple):
-    """A reference hung on a region. label: the region's name; picture: what has `latent` and `shares` like `Picture`; prompt: what it shows, empty where that is what
-    the region reads; seed: of its noise.
+    """A reference hung on a region. label: the region's name; picture: with `latent` and `shares` like `Picture`; prompt: what it shows,
+    empty where it is read with what the region reads; seed: of its noise.
     """
 
     label: str
@@ -359,13 +359,20 @@ def _bias(mask: torch.Tensor | None, index: tuple[torch.Tensor, torch.Tensor]) -
     return mask.transpose(1, 2)[rows, index[1]].transpose(1, 2)
 
 
+def wanted(condition: str) -> float:
+    """References are read by the rows of what is wanted: read by the negative prompt's as well, CFG would take most of them out again."""
+    return 0.0 if "negative" in condition else 1.0
+
+
 class ReferenceEffect(Effect):
-    """The positions of a place read one of a reader's references."""
+    """The positions of a place read one of a reader's references, in the rows of what is wanted."""
 
     text = "none"
 
     def __init__(self, reader: Reader, number: int, place: Place, start: float, end: float):
-        self.reader, self.number, self.place, self.start, self.end = reader, number, place, start, end
+        self.reader, self.number, self.start, self.end = reader, number, start, end
+        # A place of its own: the region's acts on both sides of CFG, and divides the texts.
+        self.place = Place(place.mask, factors=wanted)
         self.reference = reader.references[number]
         super().__init__(
             f"'{self.reference.label}': reference at {self.reference.strength:g}",
@@ -442,7 +449,7 @@ class Reader(Effect):
     def ahead(self, this: Sampling, evaluate, model, x, sigma, options: dict[str, Any]) -> dict[str, Any]:
         memory = this.kept.get(self)
         entries = [entry for entry in this.guider.conds.get(self.condition, ()) if MARK in entry]
-        if memory is None or not entries:
+        if memory is None or not entries or not any(wanted(name) for name, _ in this.entries.values()):
             return options
         if not hasattr(memory, "courses"):
             sampled = model.model_sampling

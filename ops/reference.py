@@ -3,10 +3,10 @@ arXiv 2405.13870, section 3.2).
 
     out_t = (sum_i e^s_ti v_i + sum_j w_tj e^s'_tj v'_j) / (sum_i e^s_ti + sum_j w_tj e^s'_tj),    s = q k^T / sqrt(d)
 
-i over the picture's own keys, j over the reference's; w_tj = strength * m_t * mu_j: how much of position t the region has, times how much of
-the reference's position j the concept has. The paper multiplies the logits s' by its weights instead, its released code adds them (which is
-this form with a strength of e^w: its 3 is a strength of 20 here) and takes what is outside of the mask out. Here a weight counts a key so
-often as it says: 1 is the plain concatenation of both pictures' keys, 0 the picture alone.
+i over the picture's own keys, j over the reference's; w_tj = strength * m_t * mu_j: how much of position t the region has, times how much
+of the reference's position j the concept has. The paper multiplies the logits s' by its weights instead; its released code adds them (which
+is this form with a strength of e^w: its 3 is a strength of 20 here) and takes out what lies outside of the mask. Here a weight counts a key
+as often as it says: 1 is the plain concatenation of both pictures' keys, 0 the picture alone.
 
 The picture's own attention is not computed anew: both softmaxes are joined by their log-sum-exps,
 
@@ -35,7 +35,9 @@ def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None):
 
 
 def log_sum_exp(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """(B, heads, n) in float32: of the logits of q (B, heads, n, d) and k (B or 1, heads, m, d) with a bias (B or 1, heads or 1, n or 1, m)."""
+    """(B, heads, n) in float32: of the logits of q (B, heads, n, d) and k (B or 1, heads, m, d), with a bias (B or 1, heads or 1, n or 1,
+    m).
+    """
     return torch.cat([part.logsumexp(-1) for part in _logits(q, k, scale, bias)], -1)
 
 
