@@ -288,43 +288,61 @@ class Rows(NamedTuple):
         return rows[:, None].expand_as(at), at
 
 
+class Plan:
+    """Who reads what in one kind of call: made of shares, and anew where these have come to hold others."""
+
+    def __init__(self, parts: Sequence[Look], strengths: Sequence[float], places: Sequence[int | None], shares):
+        self.shares, self._made_of = shares, None
+        self._reads = [
+            (part, strength, place)
+            for part, strength, place in zip(parts, strengths, places, strict=True)
+            if place is not None and strength
+        ]
+        self.every: Rows | None = None
+        self.own: tuple[tuple[Look, Rows], ...] = ()
+
+    def follow(self) -> None:
+        if self._made_of is self.shares.rows:
+            return
+        shares = self._made_of = self.shares.rows
+        found = [(part, Rows.of(shares[place] * strength)) for part, strength, place in self._reads]
+        self.own = tuple((part, rows) for part, rows in found if rows is not None)
+        self.every = Rows.of(shares[[place for _, _, place in self._reads]].sum(0)) if self.own else None
+
+
 class Looking(Attending):
     """References of several places, in one softmax with the picture's own positions."""
 
     def __init__(self, parts: Sequence[Look]):
         super().__init__()
         self.parts = tuple(parts)
-        self.tokens, self.every, self.own = 0, None, ()
+        self.plan: Plan | None = None
 
-    def setting(self, strengths, places=(), shares=None):
-        if shares is None or not any(place is not None for place in places):
-            return 0, None, ()
-        own = []
-        for part, strength, place in zip(self.parts, strengths, places, strict=True):
-            rows = None if place is None or strength <= 0 else Rows.of(shares.rows[place] * strength)
-            if rows is not None:
-                own.append((part, rows))
-        asked = [place for place, strength in zip(places, strengths, strict=True) if place is not None and strength > 0]
-        return shares.tokens, Rows.of(shares.rows[asked].sum(0)) if asked else None, tuple(own)
+    def setting(self, strengths, places=(), shares=None) -> Plan | None:
+        return None if shares is None else Plan(self.parts, strengths, places, shares)
 
-    def use(self, setting) -> None:
-        self.tokens, self.every, self.own = setting
+    def use(self, setting: Plan | None) -> None:
+        self.plan = setting
+        if setting is not None:
+            setting.follow()
 
     def attend(self, out, asked, by_heads):
-        first = asked.q.shape[2] - self.tokens
-        if self.every is None:
+        plan = self.plan
+        if plan is None or plan.every is None:
             self.called = True
             return out
-        if first < 0 or any(rows.batch is not None and int(rows.batch[-1]) >= len(out) for _, rows in self.own):
+        # Text goes first, where there is any. What else works on other tokens than the picture's is not ours.
+        first, of_batch = asked.q.shape[2] - plan.shares.tokens, plan.shares.rows.shape[1]
+        if first < 0 or of_batch not in (1, len(out)):
             return out
         self.called = True
-        found = [(part.memory.seen.get((part.name, part.number)), rows) for part, rows in self.own]
+        found = [(part.memory.seen.get((part.name, part.number)), rows) for part, rows in plan.own]
         if all(kept is None for kept, _ in found):
             return out
         heads = asked.q.shape[1]
         result = (out.transpose(1, 2) if by_heads else out.unflatten(-1, (heads, -1))).clone()
         total = result.new_zeros(result.shape[:3], dtype=torch.float32)
-        index = self.every.index(len(out), first)
+        index = plan.every.index(len(out), first)
         total[index] = log_sum_exp(_picked(asked.q, index), asked.k[_whole(index)], asked.scale, _bias(asked.mask, index)).transpose(1, 2)
         for kept, rows in found:
             if kept is None:
@@ -372,7 +390,8 @@ class ReferenceEffect(Effect):
     def __init__(self, reader: Reader, number: int, place: Place, start: float, end: float):
         self.reader, self.number, self.start, self.end = reader, number, start, end
         # A place of its own: the region's acts on both sides of CFG, and divides the texts.
-        self.place = Place(place.mask, factors=wanted)
+        self.place = copy.copy(place)
+        self.place.texts, self.place.factors, self.place.group = {}, wanted, (self.place,)
         self.reference = reader.references[number]
         super().__init__(
             f"'{self.reference.label}': reference at {self.reference.strength:g}",

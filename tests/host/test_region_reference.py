@@ -8,6 +8,7 @@ import torch
 
 import nodes
 from concept_nodes.host import lab, run_record
+from concept_nodes.host.adapters import LowRank
 from concept_nodes.host.families import UnsupportedFamily
 from concept_nodes.host.reference import OVERRIDE, Picture, Reference, ReferenceError, fitted, layers_of
 from concept_nodes.host.regions import Hung, Regions, RegionsError
@@ -185,9 +186,11 @@ class TestIsOneSoftmax:
         by_hand = ByHand(kind, [(hung(model), soft_left(HEIGHT, WIDTH))], GRIDS[kind]).on(put(model, without, **options))
         torch.testing.assert_close(drawn(put(model, regions, **options)), drawn(by_hand), **CLOSE)
 
-    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
     def test_the_picture_itself_changes_nothing(self, kind):
-        """One step from a picture, with the same picture under the same noise as reference."""
+        """One step from a picture, with the same picture under the same noise as reference. (Where the softmax is over text as well, the
+        picture would count more than it did.)
+        """
         model = models.build(kind)
         itself = Drawn(models.channels(model), mask=1.0)
         regions = listed(model, hung(model, 5.0, picture=itself), mask=torch.ones(8, 8))
@@ -251,7 +254,7 @@ class TestCalls:
 
     def test_one_for_conditions_that_are_evaluated_one_by_one(self):
         model = models.build()
-        assert self.count(sampling.one_by_one(acts(model))) == self.count(model) + 4
+        assert self.count(sampling.one_by_one(acts(model))) == self.count(sampling.one_by_one(model)) + 4
 
     def test_references_whose_texts_are_alike_in_length_go_together(self):
         model = models.build()
@@ -269,8 +272,11 @@ class TestCalls:
         assert "'left': reference at 2: acted in 4 of 4 steps" in self.told(acts(model)).describe()
 
 
+SAMPLERS = ("euler", "heun", "dpm_2_ancestral", "lms", "dpm_adaptive", "dpmpp_2m_sde", "ddim", "uni_pc", "res_multistep", "sa_solver_pece")
+
+
 def plain_ways():
-    return [way for way in sampling.WAYS if not way.startswith("scheduler")]
+    return [f"KSampler {name}" for name in SAMPLERS] + [way for way in sampling.WAYS if not way.startswith(("scheduler", "KSampler"))]
 
 
 @pytest.fixture(scope="module")
@@ -320,10 +326,8 @@ class TestTurns:
 
     def test_loras_are_joined_once_for_all_steps(self, unet, monkeypatch):
         """The references' calls, in which no region's LoRA acts, take turns with the picture's."""
-        from concept_nodes.ops.lora import Stack
-
-        made, join = [], Stack.join.__func__
-        monkeypatch.setattr(Stack, "join", classmethod(lambda cls, *args: made.append(1) or join(cls, *args)))
+        made, join = [], LowRank.join.__func__
+        monkeypatch.setattr(LowRank, "join", classmethod(lambda cls, *args: made.append(1) or join(cls, *args)))
         placed = put(unet, listed(unet).with_lora("left", Hung("random", models.lora(unet))))
         models.sample(placed, steps=2)
         few = len(made)
@@ -370,7 +374,7 @@ class TestPicture:
         with torch.inference_mode():
             assert picture.latent(8, 12).shape == (1, 4, 8, 12)
             assert picture.latent(8, 12) is picture.latent(8, 12)
-            torch.testing.assert_close(picture.latent(8, 12), loaded.vae.encode(picture.image[None]))
+            torch.testing.assert_close(picture.latent(8, 12), loaded.vae.encode(picture.image[None]), rtol=1e-4, atol=1e-4)
         assert torch.equal(picture.shares(8, 12), torch.ones(8, 12))
 
 
