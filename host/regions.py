@@ -193,7 +193,7 @@ def apply(
     drawing = Drawing(regions)
     effects: list[Effect] = []
     lines, places, parts, prompted = [], [], [], 0
-    looks: list[tuple[Reference, str, Place, float, float]] = []
+    looks: list[tuple[Reference, torch.Tensor | None, Sequence[tuple[Place, float, float]]]] = []
     for index, region in enumerate(document.regions):
         share = float(drawing.shares(64, 64)[index].mean())
         if share == 0:
