@@ -45,7 +45,7 @@ class RegionReference(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE. It encodes the reference once the size of the sampled picture is known."),
                 io.Float.Input(
                     "strength",
-                    default=3.0,
+                    default=2.0,
                     min=0.0,
                     max=LIMIT,
                     step=0.1,
