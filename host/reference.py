@@ -33,6 +33,8 @@ MARK = f"{KEY} reference"  # an entry's group of references
 # What belongs to the picture that is sampled, and not to the reference.
 NOT_ITS_OWN = (
     "area",
+    "attention_mask",
+    "attention_mask_img_shape",
     "control",
     "control_apply_to_uncond",
     "default",
@@ -117,7 +119,10 @@ class Reference(NamedTuple):
 
     def describe(self, model) -> str:
         names, every = layers_of(model, self.layers), layers_of(model, ALL)
-        return f"{len(names)} of {len(every)} layers in which the picture attends to itself"
+        when = "" if (self.start, self.end) == (0.0, 1.0) else f" from {self.start:g} to {self.end:g} of sampling"
+        times = f", times {self.schedule} over sampling" if self.schedule else ""
+        where = f"{len(names)} of {len(every)} layers in which the picture attends to itself"
+        return f"Reference at {self.strength:g}{when}{times}, in {where}."
 
 
 ALL, LATE = "all", "last third"

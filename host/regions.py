@@ -231,7 +231,7 @@ def apply(
         told += [f"Reference: nothing done, {one.idle()}." for one in regions.references.get(region.name, ()) if one.idle()]
         for reference in seen:
             looks.append((reference, _shown(reference, turns[0][0], clip, region.name), turns))
-            told.append(f"Reference at {reference.strength:g} in {reference.describe(patcher.model)}.")
+            told.append(reference.describe(patcher.model))
         effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
         if len(effects) == before and not seen:
             lines += told

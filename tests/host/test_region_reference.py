@@ -267,7 +267,7 @@ class TestCalls:
     def test_the_report_says_what_was_done(self):
         model = models.build()
         report = RegionsApply.execute(model, [], [], listed(model, layers="last third")).result[3]
-        assert "Reference at 2 in 3 of 7 layers in which the picture attends to itself." in report
+        assert "Reference at 2, in 3 of 7 layers in which the picture attends to itself." in report
         assert "1 model call of 1 picture in all is added" in report
         assert "'left': reference at 2: acted in 4 of 4 steps" in self.told(acts(model)).describe()
 
