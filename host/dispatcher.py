@@ -69,7 +69,8 @@ class Act(Protocol):
 
 class Part(Protocol):
     """What an effect places on one module. Parts of one class that meet on a module are joined into one act. The acts follow one another by
-    `turn`, whatever the order of the nodes: each sees what those before it made of the module's output."""
+    `turn`, whatever the order of the nodes: each sees what those before it made of the module's output. An act that has a method
+    `run(inner, *args, **kwargs)` and a mark `called` stands around the module's forward, `inner`, instead of following it."""
 
     turn = ADAPTS
 
@@ -107,7 +108,8 @@ class Effect:
     `added` is how many model evaluations it adds to each call that it acts in. `place` is where on the picture it acts, None for
     everywhere; `text` says which of the prompt's rows get it then, in models that read prompt and picture as one sequence: those
     that its place reads ("own"), "none", "all", or `Words` of the common prompt. `apart` are places that the picture's attention to itself
-    keeps apart: the strength is taken from the logits between positions of different ones.
+    keeps apart: the strength is taken from the logits between positions of different ones. `elsewhere` are conditions of its own that are
+    evaluated on another picture than the one that is sampled: what has a place on that does not act in them.
     """
 
     added = 0
@@ -116,6 +118,7 @@ class Effect:
     apart: tuple[Place, ...] = ()
     asks = False  # whether it needs what projections of words give in every call, kept keys and values or not
     behind: Mapping[str, str] = {}  # modules whose masks it draws anew in each call, and by what name it calls those it draws at once
+    elsewhere: tuple[str, ...] = ()
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -124,9 +127,13 @@ class Effect:
         """Conditions of its own that the guider shall prepare beside those it has, by a name that nobody else uses."""
         return {}
 
+    def come_in(self, sampling: Sampling, latent: torch.Tensor) -> None:
+        """Before a sampling, with the latent that it begins from, in the model's channels. The model is not yet where it will be."""
+
     def ahead(self, this: Sampling, evaluate: Callable, model, x: torch.Tensor, sigma: torch.Tensor, options: dict) -> dict:
         """Before the host evaluates a model's conditions (`this.entries`) at x: the model_options that it shall do so with. Those given are
-        never written to. `evaluate(entries, options)` evaluates conditions of the effect's own there and then.
+        never written to. `evaluate(entries, options)` evaluates conditions of the effect's own there and then, and with a third argument
+        at another x, which may have another number of rows.
         """
         return options
 
@@ -372,11 +379,14 @@ class Run:
         self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
         self.behind = {name: key for effect in self.effects for name, key in effect.behind.items()}
         self.notes: dict[str, None] = {}
-        self._around: list[tuple[str, CrossAct | SelfAct]] = []
+        self._around: list[tuple[str, Any]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self.spread: Spread | None = None  # of the call under way
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
+        # Calls on another picture than the sampled one take turns with those on it, step by step: each kind keeps its acts.
+        self._elsewhere, self._aside = False, (None, {}, {})
+        self._others = {name for effect in self.effects for name in effect.elsewhere}
         self._spreads: dict[tuple, Spread] = {}
         # What the acts use, by what was told: kinds of calls that take turns find theirs again.
         self._settings: dict[tuple, list[tuple[Act, Any]]] = {}
@@ -385,13 +395,21 @@ class Run:
 
     def layers(self, call: Call) -> list[Layer]:
         """The layers for one call: none when no effect acts in it."""
-        strengths = tuple(strength(call) for strength in self.strengths)
+        elsewhere = self._shows_another(call)
+        strengths = tuple(
+            0.0 if elsewhere and (effect.place is not None or effect.apart) else strength(call)
+            for effect, strength in zip(self.effects, self.strengths, strict=True)
+        )
         active = tuple(index for index, strength in enumerate(strengths) if strength != 0.0)
         self._calls.append((call.t.detach().flatten()[:1].float(), len(self.sampling.ended), active))
         if not active:
             self.joint, self._told, self._around = None, None, []
             self._open.append(None)
             return []
+        if elsewhere != self._elsewhere:
+            aside = self._key, self._acts, self._settings
+            self._key, self._acts, self._settings = self._aside
+            self._elsewhere, self._aside, self._told = elsewhere, aside, None
         # Effects without parts (texts, isolation, what only adds a call) come and go from call to call, and join nothing.
         with_parts = tuple(index for index in active if self.acting[index].parts)
         key = (with_parts, call.x.device, call.model.get_dtype_inference())
@@ -407,7 +425,8 @@ class Run:
         for index in active:
             self.acting[index].enter(call)
         # Those that compute a module anew lie below those that change what it gives.
-        layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
+        following = {name: tuple(act for act, _ in acts if not hasattr(act, "run")) for name, acts in self._acts.items()}
+        layers = [Layer(self.modules[name], acts) for name, acts in following.items() if acts]
         kept = None if any(self.acting[index].asks for index in active) else self._texts_stay(call)
         for _, act in self._around:
             act.called = False
@@ -513,10 +532,16 @@ class Run:
         self._settings[strengths, kind] = settings  # the last used goes last
         for act, setting in settings:
             act.use(setting)
+        around = [(name, act) for name, acts in self._acts.items() for act, _ in acts if hasattr(act, "run")]
         if spread and self.crosses:
             self._read_apart(spread, placed)
         if kind and self.selves:
             self._keep_apart(strengths, spread, active)
+        self._around += around
+
+    def _shows_another(self, call: Call) -> bool:
+        """Whether a call is of conditions on another picture than the one that is sampled."""
+        return bool(self._others) and any(self.sampling.names.get(uuid) in self._others for uuid in call.options.get("uuids", ()))
 
     def _made(self, strengths: tuple[Strength, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
         """Every act with what it is to use."""
@@ -730,9 +755,9 @@ def _calculate(executor, model, conds, x_in, timestep, model_options):
             for entry in entries or ():
                 this.entries[entry.get("uuid"), number] = name, entry.get("area")
 
-        def evaluate(own: Sequence[dict], options: dict, this=this) -> list[torch.Tensor]:
+        def evaluate(own: Sequence[dict], options: dict, x: torch.Tensor = x_in, this=this) -> list[torch.Tensor]:
             this.entries |= {(entry["uuid"], 0): (this.names.get(entry["uuid"], ""), entry.get("area")) for entry in own}
-            return executor(model, [own], x_in, timestep, options)
+            return executor(model, [own], x, timestep if x is x_in else timestep[:1].expand(len(x)), options)
 
         for effect in attached(this.guider.model_patcher):
             model_options = effect.ahead(this, evaluate, model, x_in, timestep, model_options)
@@ -776,6 +801,8 @@ def _sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, c
         this.denoised = x0
         return callback(step, x0, x, total) if callback is not None else None
 
+    for effect in attached(guider.model_patcher):
+        effect.come_in(this, latent_image)
     _nested().append(this)
     try:
         if second is not None:

@@ -24,6 +24,7 @@ class Family(NamedTuple):
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
     maps           pattern of the modules that attend from the picture to words
     maps_read      which of them are read by default: FINE, all but those on the coarsest grid, or LATE, the last fifth
+    pictures       pattern of the modules in which the picture attends to itself, in their order
     site_blocks    class names of the blocks that features may lie at
     site_layers    pattern of layers that they may lie at as well
     site           of both, what is taken where none is named: one, or all of a kind of layer
@@ -42,6 +43,7 @@ class Family(NamedTuple):
     blocks: tuple[str, ...]
     maps: str
     maps_read: str
+    pictures: str
     site_blocks: tuple[str, ...]
     site_layers: str
     site: str
@@ -87,6 +89,7 @@ FAMILIES = (
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
+        pictures=r"\.attn1$",
         site_blocks=("SpatialTransformer",),
         site_layers=UNET_SITES,
         site=CROSS_ATTENTION,
@@ -105,6 +108,7 @@ FAMILIES = (
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
+        pictures=r"\.attn1$",
         site_blocks=("SpatialTransformer",),
         site_layers=UNET_SITES,
         site=CROSS_ATTENTION,
@@ -123,6 +127,7 @@ FAMILIES = (
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         maps=r"\.double_blocks\.\d+$",
         maps_read=LATE,
+        pictures=r"\.(double|single)_blocks\.\d+$",
         site_blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         site_layers=FLUX_SITES,
         site="double_blocks.18",

@@ -18,6 +18,7 @@ from .families import ALL, Family, family_of
 from .filter import FilterError, Prompt, Settings, keep_out, matching
 from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought, layers_of
 from .places import LivePlace, Place, group
+from .reference import Reader, Reference, ReferenceEffect
 from .sites import JOINT
 from .window import course
 from .words import Words, find, length_of
@@ -73,12 +74,13 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Regions:
-    """CONCEPT_REGIONS: the document, and by region name the LoRAs, the mask and the filter that nodes hung on it."""
+    """CONCEPT_REGIONS: the document, and by region name the LoRAs, the mask, the filter and the references that nodes hung on it."""
 
     document: Document = Document()
     hung: Mapping[str, tuple[Hung, ...]] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters: Mapping[str, Unwanted] = field(default_factory=dict)
+    references: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         return [region.name for region in self.document.regions]
@@ -101,6 +103,10 @@ class Regions:
     def with_lora(self, name: str, lora: Hung) -> Regions:
         self.check_name(name)
         return replace(self, hung={**self.hung, name: (*self.hung.get(name, ()), lora)})
+
+    def with_reference(self, name: str, reference: Reference) -> Regions:
+        self.check_name(name)
+        return replace(self, references={**self.references, name: (*self.references.get(name, ()), reference)})
 
     def with_filter(self, name: str, unwanted: Unwanted) -> Regions:
         """Keep concepts out of a region. A second filter adds its concepts; raises RegionsError where it works another way. One that does
@@ -216,6 +222,7 @@ def apply(
     sought = {one.name: one for one in finder.sought} if finder else {}
     effects: list[Effect] = []
     lines, places, parts, prompted = [], [], [], 0
+    looks: list[tuple[Reference, torch.Tensor | None, Sequence[tuple[Place, float, float]]]] = []
     for index, region in enumerate(document.regions):
         share = float((drawing.shares(64, 64) if finder is None else drawing.own(64, 64))[index].mean())
         if share == 0:
@@ -264,16 +271,23 @@ def apply(
             units = f" in comparable units ({strength:.3g} in its own)" if lora.comparable else ""
             times = f", times {lora.schedule} over sampling" if lora.schedule else ""
             told.append(f"'{lora.label}' at {lora.model:g}{units}{times}. {placement.report}")
+        seen = [reference for reference in regions.references.get(region.name, ()) if not reference.idle()]
+        told += [f"Reference: nothing done, {one.idle()}." for one in regions.references.get(region.name, ()) if one.idle()]
+        for reference in seen:
+            looks.append((reference, _shown(reference, turns[0][0], clip, region.name), turns))
+            told.append(reference.describe(patcher.model))
         effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
-        if len(effects) == before:
+        if len(effects) == before and not seen:
             lines += told
-            lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")
+            lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has no prompt, LoRA or reference.")
             continue
         places.append(turns[0][0])
         parts += [place for place, _, _ in turns]
         prompted += bool(_wanted(own))
         much = f"{share:.0%} of the picture" if live is None else "found while sampling" + (f", within {share:.0%}" if share < 1 else "")
         lines.append("\n".join([f"'{region.name}': {much}; reads {_reads(own)}.", *told]))
+    read = _read_references(patcher.model, looks)
+    effects += read
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
     group(parts)
@@ -287,7 +301,11 @@ def apply(
     patcher = patcher.clone()
     for effect in effects:
         attach(patcher, effect)
-    lines.append(f"What no region covers keeps the prompt ({family.name}; no model call is added).")
+    calls = len(read[0].groups) if read else 0
+    cost = f"{calls} model call{'s' * (calls > 1)} of {len(looks)} picture{'s' * (len(looks) > 1)} in all" if read else "no model call"
+    verb = "are" if calls > 1 else "is"
+    when = " to each step that reads a reference" if read else ""
+    lines.append(f"What no region covers keeps the prompt ({family.name}; {cost} {verb} added{when}).")
     return patcher, lines
 
 
@@ -354,6 +372,28 @@ def _reads(region: Region) -> str:
 def _read(lora) -> Hung:
     state = adapters.read(files.resolve("loras", lora.file))
     return Hung(lora.file, state, lora.model, lora.clip, lora.start, lora.end)
+
+
+def _shown(reference: Reference, place: Place, clip, name: str) -> torch.Tensor | None:
+    """What a reference is read with: its own prompt, the region's, or None for the common one."""
+    if not reference.prompt.strip():
+        return place.texts.get("positive")
+    if clip is None:
+        raise RegionsError(f"A reference of region '{name}' has a prompt, and no clip is connected to read it. Connect the model's CLIP.")
+    return clip.encode_from_tokens(clip.tokenize(reference.prompt))
+
+
+def _read_references(model, looks: Sequence[tuple[Reference, torch.Tensor | None, Sequence[tuple[Place, float, float]]]]) -> list[Effect]:
+    """What reads references, first of all what evaluates them; nothing where there are none."""
+    if not looks:
+        return []
+    reader = Reader(model, [reference for reference, _, _ in looks], [text for _, text, _ in looks])
+    spans = [
+        (number, place, max(reference.start, start), min(reference.end, end))
+        for number, (reference, _, turns) in enumerate(looks)
+        for place, start, end in turns
+    ]
+    return [reader, *(ReferenceEffect(reader, number, place, first, last) for number, place, first, last in spans if first < last)]
 
 
 def _words_of(region: Region) -> str:

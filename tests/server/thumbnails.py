@@ -28,6 +28,8 @@ VARIED = {
     "localize": ("10", "seed", (1, 2, 3, 4)),
     "regions_slider": ("6", "strength", (-2.0, -1.0, 1.0, 2.0)),
     "regions_filter": ("13", "strength", (0.0, 0.5, 0.8, 1.0)),
+    "conductor": ("7", "seed", (6, 1, 2, 3)),
+    "regions_reference": ("10", "strength", (0.0, 1.0, 2.0, 4.0)),
     "regions_hires": ("8", "seed", (1, 2, 3, 4)),
     "regions_prompts": ("5", "prompt", tuple(LEFT.format(what) for what in ("red star", "yellow heart", "pink circle", "orange diamond"))),
 }
