@@ -275,8 +275,10 @@ def _between(site: str, with_it: torch.Tensor, without: torch.Tensor) -> tuple[F
     return features, float((of[0][:, None] > of[1][None]).float().mean())
 
 
-def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) -> Iterator[int]:
-    """Sample pictures of encoded texts with an effect on a clone of a MODEL; gives how many, after each batch."""
+def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) -> Iterator[torch.Tensor]:
+    """Sample pictures of encoded texts with an effect on a clone of a MODEL; gives the latents of each batch, in the texts' order and
+    round after round of them.
+    """
     listening = patcher.clone()
     attach(listening, effect)
     asked = [(number, text) for number in range(runs.pictures) for text in texts]
@@ -290,11 +292,11 @@ def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) ->
             for side in ([text for _, text in batch], [empty] * len(batch))
         ]
         with torch.inference_mode():  # closed again before the caller goes on, who may train
-            comfy.sample.sample(
+            latents = comfy.sample.sample(
                 listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
                 callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
             )  # fmt: skip
-        yield len(batch)
+        yield latents
 
 
 def _keep(kept: dict[float, list[torch.Tensor]]) -> Callable[[float, torch.Tensor], None]:

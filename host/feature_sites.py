@@ -9,7 +9,7 @@ import torch
 
 from .encoders import Seat, seats
 from .families import CROSS_ATTENTION, Family, family_of
-from .features import DIFF, TEXT, Features, FeaturesError
+from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 
 AUTO, ALL_LAYERS = "auto", "all layers"
 NETWORK = "diffusion_model."
@@ -96,6 +96,18 @@ def fitting(model, features: Features) -> str:
             "model of another size. Find it on this one."
         )
     return name
+
+
+def on_other_weights(features: Features, model=None, clip=None) -> list[str]:
+    """A note where features were found on other weights than these: of a host model, or of a CLIP where they are of text."""
+    if features.io == TEXT:
+        site, now = features.site, "+".join(fingerprint(one.module) for one in text_sites(clip, features.site))
+    else:
+        features = features.each()[-1]
+        site, now = features.site, fingerprint(model.diffusion_model.get_submodule(features.site))
+    if not features.fingerprint or now == features.fingerprint:
+        return []
+    return [f"Note: the weights at {site} are not those that this was found on (another checkpoint, or the same in another type)."]
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------------------
