@@ -265,10 +265,10 @@ def apply(
             told.append(f"'{lora.label}' at {lora.model:g}{units}{times}. {placement.report}")
         effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
         for leaning in leanings:
-            told += _told_of(leaning, patcher.model, clip)
             if not leaning.of_text and not leaning.idle():
                 # A place of its own, which no text has: what is steered divides nothing.
                 effects.append(_leaning_effect(patcher, leaning, region.name, drawing.of(index)))
+            told += _told_of(leaning, patcher.model, clip)
         if len(effects) == before:
             lines += told
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has neither a prompt nor a LoRA.")

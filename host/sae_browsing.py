@@ -14,8 +14,8 @@ from ..ops.sae import SAE
 from ..ops.sae_browse import Survey, nearest, neighbours, of_latent
 from .directions import ROWS, Runs, TapEffect, Tapped, levels_of, notes_of, read_texts, sampled
 from .encoders import BEGINS, ENDS, windows_of
-from .families import FAMILIES, family_of
-from .feature_sites import NETWORK, checked_site, encoders_called, text_sites, width_at
+from .families import FAMILIES
+from .feature_sites import NETWORK, checked_site, encoders_called, family_for, of_words, text_sites, width_at
 from .features import KINDS, TEXT, Features, FeaturesError, Readers, fingerprint
 from .sae_files import SAEFile
 from .sae_finding import check_fits, io_of, site_of, thresholds
@@ -125,7 +125,7 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
     """At the autoencoder's module of a MODEL, while it samples. decode: latents -> pictures (N, H, W, 3), None for heat alone. Raises
     FeaturesError, UnsupportedFamily.
     """
-    site, io, family = site_of(file), io_of(file), family_of(patcher.model).name
+    site, io, family = site_of(file), io_of(file), family_for(patcher.model).name
     module = checked_site(patcher.model, site, io)
     check_fits(file, family, width_at(patcher.model, site), site, "this model", set())
     gathered, levels = _Gathered(file.sae), levels_of(patcher, runs)
@@ -134,6 +134,8 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
     def rows(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return x[:, share[0] > 0]
 
+    if of_words(patcher.model, module):
+        raise FeaturesError(f"{site} has the prompt's rows, which lie nowhere on a picture. Browse an autoencoder of the picture's.")
     effect = TapEffect({module: Tapped(lambda sigma, x: kept[sigma].append(x.half()), io, rows)}, levels, "Browse Latents")
     bar = comfy.utils.ProgressBar(len(prompts) * runs.pictures * runs.steps)
     asked = iter([text for _ in range(runs.pictures) for text in prompts])

@@ -11,8 +11,8 @@ import torch
 from ..ops.sae import HELD, SAE
 from ..ops.sae_find import effect_size, ranked, set_difference, share_difference
 from .directions import ROWS, WORDS, Found, Runs, gated, levels_of, notes_of, pooled_sides, read_texts
-from .families import FAMILIES, family_of
-from .feature_sites import ENCODERS, checked_site, encoders_called, text_sites, width_at
+from .families import FAMILIES
+from .feature_sites import ENCODERS, checked_site, encoders_called, family_for, text_sites, width_at
 from .features import DIFF, KINDS, OUT, TEXT, Features, FeaturesError, Readers, fingerprint
 from .sae_files import SAEFile
 
@@ -134,7 +134,7 @@ def find_in_model(patcher, clip, file: SAEFile, wish: Wish, runs: Runs) -> Found
     """At the autoencoder's module of a MODEL, while pictures of the prompts are sampled from the same noise with and without the concept.
     Raises FeaturesError, UnsupportedFamily.
     """
-    site, io, family = site_of(file), io_of(file), family_of(patcher.model).name
+    site, io, family = site_of(file), io_of(file), family_for(patcher.model).name
     module = checked_site(patcher.model, site, io)
     check_fits(file, family, width_at(patcher.model, site), site, "this model", set())
     reading, levels = Reading(file.sae), levels_of(patcher, runs)

@@ -12,8 +12,7 @@ from ..host import features as host_features
 from ..host import files
 from ..host.directions import POOLINGS, WORDS, Runs, in_model, in_text, prompts_of
 from ..host.dispatcher import attach
-from ..host.families import family_of
-from ..host.feature_sites import AUTO, fitting_text, on_other_weights, skipped
+from ..host.feature_sites import AUTO, family_for, fitting_text, on_other_weights, skipped
 from ..host.features import FOLDER, KINDS, OUT, TEXT, Features, FeaturesError, output_folder
 from ..host.regions import Leaning
 from ..host.steering import COND, SIDES, steer_model
@@ -453,7 +452,7 @@ class SteerModel(OfFeatures):
         check_numbers(strength, start_percent, end_percent)
         asked = Asked(strength, mode, level, keep_norm, most)
         asked.check()
-        family_of(model.model)
+        family_for(model.model)
         course, mask = Schedule.parse(schedule), None if mask is None else checked_mask(mask)
         features = features_of(file, features)
         idle = None

@@ -50,3 +50,17 @@ def build(kind: str):
 def encode(clip, text: str) -> list:
     """CONDITIONING of a text, as the host's text node makes it."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+class Letters:
+    """Something that encodes a letter, for models whose contexts are random."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens(self, text, return_pooled=False):
+        context, options = models.conditioning(self.model, 100 + sum(map(ord, text)))[0]
+        return context, options.get("pooled_output")
