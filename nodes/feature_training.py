@@ -15,7 +15,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..host import sae_files
-from ..host.directions import ROWS, WORDS, Runs, prompts_of
+from ..host.directions import ROWS, WORDS, Runs, notes_of, prompts_of
 from ..host.feature_sites import (
     AUTO,
     blocks,
@@ -149,6 +149,7 @@ class SAETrain(io.ComfyNode):
         if where == IN_TEXT:
             site = default_text_site(clip) if site == AUTO else site
             sites = text_sites(clip, site)
+            notes_of(clip, sites)  # which refuses a block that nothing is read from
             d, bound = sum(one.width for one in sites), text_bound(clip, sites, texts)
             ring = max(LEAST, min(RING, bound, steps * batch))
             source = text_rows(clip, sites, texts, pooling, seed, endless=bound > ring)

@@ -205,6 +205,7 @@ PLUMBING = {
     "ConceptNodes_DirectionFind": "finds numbers; test_steering.py holds what they are",
     "ConceptNodes_SteerText": "encodes a text; test_steering.py holds that nothing to do is the host's own encoding, bit for bit",
     "ConceptNodes_SAEFind": "finds numbers; test_sae_finding.py holds what they are, and that steering by them is the autoencoder's own",
+    "ConceptNodes_SAEBrowse": "draws pages and finds numbers; test_sae_browsing.py holds what they are",
     "ConceptNodes_SAETrain": "trains a file; test_sae_train.py holds what it is",
     "ConceptNodes_SAELoader": "loads a file; test_sae_files.py holds what it loads",
     "ConceptNodes_Sheet": "draws a page; test_sweep.py holds what is on it",

@@ -200,10 +200,7 @@ def test_refusals(clip, planted):
     for told, options in (
         ("'x' lie at clip_l.1", {"features": other}),
         ("prompts is empty", {"prompts": ("",)}),
-        (
-            "trained on Flux.1, and this CLIP is of CLIP-L|is of CLIP-L",
-            {"sae": planted._replace(config=planted.config | {"family": "T5-XXL"})},
-        ),
+        ("trained on T5-XXL, and this CLIP is of CLIP-L", {"sae": planted._replace(config={"family": "T5-XXL", "site": SITE})}),
         ("NaN or infinity in W_enc", {"sae": planted._replace(sae=planted.sae._replace(W_enc=spoilt))}),
         ("vectors of 64 numbers", {"sae": planted._replace(sae=random_sae(64))}),
         ("Nothing is connected to model", {"sae": SAEFile(random_sae(64), {"site": "middle_block.1", "io": "out"}, {})}),
