@@ -28,7 +28,7 @@ class Family(NamedTuple):
     site_layers    pattern of layers that they may lie at as well
     site           of both, what is taken where none is named: one, or all of a kind of layer
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
-    site_words     pattern of further layers that features may lie at, over the prompt's rows
+    site_words     pattern of further layers that features may lie at, over the prompt's rows; none where empty
     only           what of the pack alone is known to work on it; all of it where empty
     """
 
@@ -48,7 +48,7 @@ class Family(NamedTuple):
     site_layers: str
     site: str
     slider_start: float
-    site_words: str = "(?!)"
+    site_words: str = ""
     only: str = ""
 
 

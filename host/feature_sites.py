@@ -48,21 +48,17 @@ def layers(model) -> list[str]:
 
 def word_layers(model) -> list[str]:
     """Names of further ones, whose rows are the prompt's. Raises UnsupportedFamily."""
-    return _matching(model, family_for(model).site_words)
+    pattern = family_for(model).site_words
+    return _matching(model, pattern) if pattern else []
 
 
 def _matching(model, pattern: str) -> list[str]:
     return [name for name, _ in model.diffusion_model.named_modules() if re.search(pattern, name)]
 
 
-def of_words(model, site: str) -> bool:
-    """Whether a site's rows are the prompt's."""
-    return site.removeprefix(NETWORK) in word_layers(model)
-
-
 def which_words(model, sites: Iterable[str]) -> str:
     """Which of the prompt's rows an effect on sites is to have (`Effect.text`): all, where sites are of these."""
-    return "all" if any(of_words(model, site) for site in sites) else "none"
+    return "none" if {site.removeprefix(NETWORK) for site in sites}.isdisjoint(word_layers(model)) else "all"
 
 
 def picture_at(module: torch.nn.Module) -> int:

@@ -15,7 +15,7 @@ from ..ops.sae_browse import Survey, nearest, neighbours, of_latent
 from .directions import ROWS, Runs, TapEffect, Tapped, levels_of, notes_of, read_texts, sampled
 from .encoders import BEGINS, ENDS, windows_of
 from .families import FAMILIES
-from .feature_sites import NETWORK, checked_site, encoders_called, family_for, of_words, text_sites, width_at
+from .feature_sites import NETWORK, checked_site, encoders_called, family_for, text_sites, which_words, width_at
 from .features import KINDS, TEXT, Features, FeaturesError, Readers, fingerprint
 from .sae_files import SAEFile
 from .sae_finding import check_fits, io_of, site_of, thresholds
@@ -134,7 +134,7 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
     def rows(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return x[:, share[0] > 0]
 
-    if of_words(patcher.model, module):
+    if which_words(patcher.model, [module]) != "none":
         raise FeaturesError(f"{site} has the prompt's rows, which lie nowhere on a picture. Browse an autoencoder of the picture's.")
     effect = TapEffect({module: Tapped(lambda sigma, x: kept[sigma].append(x.half()), io, rows)}, levels, "Browse Latents")
     bar = comfy.utils.ProgressBar(len(prompts) * runs.pictures * runs.steps)

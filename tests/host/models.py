@@ -286,7 +286,7 @@ SITES = {"sd15": "output_blocks.1.1", "sdxl": "middle_block.1", "flux": "double_
 
 def features(model, site: str = "", *, io: str = "out", latents: bool = False, m: int = 2, seed: int = 50, size: float = 3.0):
     """Random CONCEPT_FEATURES at a site of a model, over three noise levels."""
-    from concept_nodes.host.families import FAMILIES
+    from concept_nodes.host.families import FEATURES, family_of
     from concept_nodes.host.feature_sites import width_at
     from concept_nodes.host.features import Features, Readers
 
@@ -299,7 +299,7 @@ def features(model, site: str = "", *, io: str = "out", latents: bool = False, m
     positive = seeded((3, m), seed + 3).abs() + 1
     return Features(
         name="random",
-        family=dict(zip(("sd15", "sdxl", "flux", "sd3"), FAMILIES, strict=True))[kind].name,
+        family=family_of(model.model, FEATURES).name,
         site=site,
         io=io,
         directions=directions,
