@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ from .sites import sites
 NEAR = 6  # neighbours told of each latent
 WORDS_TOLD = 8
 SAME = 0.999  # cosine at which a direction is a latent's own
-BEHIND = "▸ behind"  # what stands for the rows behind a text's words
+BEHIND = "(behind)"  # what stands for the rows behind a text's words
 
 
 class Item(NamedTuple):
@@ -73,7 +72,8 @@ class Latent(NamedTuple):
     mean      of the rows in which it fires;  most: the greatest
     counts    (bins,) rows by activation, from 0 to the greatest
     by_level  [(noise level, mean activation)] over all rows, none for text
-    words     [(word, activation)]: of a text's rows the greatest mean; for pictures, of prompts with the word less those without
+    words     [(word, activation)]: the mean over a text's rows, none for pictures
+    said      [(word, activation)]: the mean over items whose prompt has the word, less that over the others
     near      [(latent, cosine, its best word)]
     firing    where it fires most
     """
@@ -86,12 +86,13 @@ class Latent(NamedTuple):
     counts: torch.Tensor
     by_level: list[tuple[float, float]]
     words: list[tuple[str, float]]
+    said: list[tuple[str, float]]
     near: list[tuple[int, float, str]]
     firing: list[Firing]
 
     def told(self) -> dict:
         """As JSON says it."""
-        own = {name: getattr(self, name) for name in ("density", "items", "mean", "most", "by_level", "words", "near")}
+        own = {name: getattr(self, name) for name in ("density", "items", "mean", "most", "by_level", "words", "said", "near")}
         examples = [{"prompt": one.item.text, "most": one.most} for one in self.firing]
         return {"latent": self.number, **own, "counts": self.counts.int().tolist(), "examples": examples}
 
@@ -147,7 +148,8 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
                 "there. Take a model without that extension's node."
             )
         grid = tuple(-(-length // 2**level) for length in latents.shape[-2:])
-        pictures = [None] * len(latents) if decode is None else decode(latents).float().cpu()
+        with torch.inference_mode():
+            pictures = [None] * len(latents) if decode is None else decode(latents).float().cpu()
         by_level = torch.stack([torch.cat(kept[sigma]) for sigma in levels], 1)  # (pictures, S, T, d)
         for picture, x in zip(pictures, by_level, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -252,7 +254,8 @@ def latent_of(browsed: Browsed, number: int, examples: int, bins: int = 24) -> L
         most,
         counts,
         by_level,
-        _words(browsed, amounts)[:WORDS_TOLD],
+        [] if browsed.levels else _fired_on(browsed, amounts),
+        _said(browsed, amounts),
         near,
         firing,
     )
@@ -266,26 +269,31 @@ def _best_word(browsed: Browsed, number: int) -> str:
     return item.words[int(of_latent(item.values, item.indices, number).argmax())]
 
 
-def _words(browsed: Browsed, amounts: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
-    """[(word, activation)], greatest first: where a text's rows are words, their means; where they are positions of pictures, what those
-    of prompts with a word have more than those without.
-    """
+def _fired_on(browsed: Browsed, amounts: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
+    """[(word, mean activation)] over the rows of texts, greatest first."""
     by_word: dict[str, list[float]] = {}
-    if not browsed.levels:
-        for item, amount in zip(browsed.items, amounts, strict=True):
-            for word, value in zip(item.words, amount.tolist(), strict=True):
-                by_word.setdefault(word, []).append(value)
-        found = {word: sum(values) / len(values) for word, values in by_word.items()}
-    else:
-        said = [{word.strip(".,;:()").lower() for word in item.text.split()} - {""} for item in browsed.items]
-        means = torch.stack([amount.mean() for amount in amounts])
-        found = {}
-        for word in sorted(set().union(*said)):
-            there = torch.tensor([word in words for words in said])
-            # A word of one prompt alone tells the prompt and not the word.
-            if len({item.text for item, with_it in zip(browsed.items, there.tolist(), strict=True) if with_it}) > 1 and not there.all():
-                found[word] = float(means[there].mean() - means[~there].mean())
-    return sorted(((word, value) for word, value in found.items() if value > 0), key=lambda one: -one[1])
+    for item, amount in zip(browsed.items, amounts, strict=True):
+        for word, value in zip(item.words, amount.tolist(), strict=True):
+            by_word.setdefault(word, []).append(value)
+    return _greatest({word: sum(values) / len(values) for word, values in by_word.items()})
+
+
+def _said(browsed: Browsed, amounts: Sequence[torch.Tensor]) -> list[tuple[str, float]]:
+    """[(word, activation)] of the prompts' words: how much more there is where they are said. Words of at least two prompts and not of all:
+    a word of one tells the prompt and not the word.
+    """
+    said = [{word.strip(".,;:()").lower() for word in item.text.split()} - {""} for item in browsed.items]
+    means, found = torch.stack([amount.mean() for amount in amounts]), {}
+    for word in sorted(set().union(*said)):
+        there = torch.tensor([word in words for words in said])
+        prompts = {item.text for item, with_it in zip(browsed.items, there.tolist(), strict=True) if with_it}
+        if len(prompts) > 1 and not there.all():
+            found[word] = float(means[there].mean() - means[~there].mean())
+    return _greatest(found)
+
+
+def _greatest(found: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(((word, value) for word, value in found.items() if value > 0), key=lambda one: -one[1])[:WORDS_TOLD]
 
 
 def features_of(browsed: Browsed, numbers: Sequence[int], name: str) -> Features:
@@ -329,8 +337,3 @@ def of_rows(file: SAEFile) -> bool:
 def told_site(file: SAEFile) -> list[str]:
     """A note where a file does not say of what rows it is."""
     return [] if file.config.get("io") in KINDS else [f"The file does not say of what rows it is: taken to be '{io_of(file)}'."]
-
-
-def finite(value: float) -> float | None:
-    """For JSON, which knows no infinity."""
-    return value if math.isfinite(value) else None

@@ -48,7 +48,8 @@ class _Page:
     def draw(self) -> Image.Image:
         self._head()
         for title, chips in (
-            ("words of its pictures' prompts" if self.browsed.levels else "words", self._word_chips()),
+            ("words it fires on", self._word_chips(self.latent.words)),
+            ("words of the prompts it fires in", self._word_chips(self.latent.said)),
             ("nearest directions", [(_near(*one), None) for one in self.latent.near]),
         ):
             if chips:
@@ -100,9 +101,9 @@ class _Page:
         self.pen.text((left, bottom + 4), ends[0], fill=GREY, font=font(SMALL))
         self.pen.text((left + width, bottom + 4), ends[1], fill=GREY, font=font(SMALL), anchor="ra")
 
-    def _word_chips(self) -> list[tuple[str, float | None]]:
-        most = max((value for _, value in self.latent.words), default=1.0)
-        return [(f"{word}  {value:.2g}", value / most) for word, value in self.latent.words]
+    def _word_chips(self, words: Sequence[tuple[str, float]]) -> list[tuple[str, float | None]]:
+        most = max((value for _, value in words), default=1.0)
+        return [(f"{word}  {value:.2g}", value / most) for word, value in words]
 
     def _sentence(self, one: Firing) -> None:
         """A prompt, its words as warm as the latent fires on them."""
@@ -132,8 +133,8 @@ class _Page:
                 self.image.paste(picture, (left + (side - picture.width) // 2, y))
                 y += picture.height + 4
             self.pen.text((left, y + 2), f"{one.most:.3g}", fill=INK, font=font(TEXT))
-            for number, line in enumerate(_lines(one.item.text, font(SMALL), side - 62, 3)):
-                self.pen.text((left + 62, y + 4 + number * (SMALL + 4)), line, fill=GREY, font=font(SMALL))
+            for number, line in enumerate(_lines(one.item.text, font(SMALL), side - 72, 3)):
+                self.pen.text((left + 72, y + 4 + number * (SMALL + 4)), line, fill=GREY, font=font(SMALL))
             band.append(y + 3 * (SMALL + 4) + 8)
         self.y = max(band)
 
@@ -163,7 +164,7 @@ class _Page:
         """Words in a row, and further rows where they do not fit; a number of 0..1 warms what lies behind one."""
         letters, x, height, pad = font(TEXT), left, TEXT + 10, 3 if tight else 8
         for word, warmth in chips:
-            word = _lines(word, letters, WIDTH - MARGIN - left - 2 * pad, 1)[0]
+            word = _narrowed(word, letters, WIDTH - MARGIN - left - 2 * pad)
             width = round(letters.getlength(word)) + 2 * pad
             if x + width > WIDTH - MARGIN and x > left:
                 x, self.y = left, self.y + height + 3
@@ -173,7 +174,7 @@ class _Page:
                 self.pen.rounded_rectangle((x, self.y, x + width, self.y + height), 5, fill=fill)
             elif warmth is None:
                 self.pen.rounded_rectangle((x, self.y, x + width, self.y + height), 5, outline=RULE)
-            self.pen.text((x + pad, self.y + 4), word, fill=GREY if word == BEHIND else INK, font=letters)
+            self.pen.text((x + pad, self.y + 4), word, fill=GREY if word == BEHIND and not warmth else INK, font=letters)
             x += width + (2 if tight else 8)
         self.y += height + 4
 

@@ -47,7 +47,7 @@ class SAEBrowse(io.ComfyNode):
                     default=SPECIFIC,
                     tooltip=(
                         "Which come first where none are named: those that fire on most rows, those that fire in the fewest prompts or "
-                        "pictures (three at least), or those that fire most strongly."
+                        "pictures (in three at least, and not faintly), or those that fire most strongly."
                     ),
                 ),
                 io.Int.Input("count", default=8, min=1, max=MOST, tooltip="How many, where none are named."),
@@ -133,7 +133,7 @@ class SAEBrowse(io.ComfyNode):
 
 
 def _line(latent) -> str:
-    words = ", ".join(f"{word} {value:.2g}" for word, value in latent.words[:4])
+    words = ", ".join(f"{word} {value:.2g}" for word, value in (latent.words or latent.said)[:4])
     return (
         f"  {latent.number}: on {latent.density:.2%} of the rows, in {latent.items} items, {latent.mean:.3g} on average there, "
         f"{latent.most:.3g} at most{'; ' + words if words else ''}."

@@ -13,7 +13,7 @@ from .sae import HELD, SAE
 
 DENSE, SPECIFIC, STRONG = "most often", "most specific", "strongest"
 ORDERS = (DENSE, SPECIFIC, STRONG)
-LEAST_ITEMS = 3  # in which a latent must fire before it can be called specific: any is to one
+LEAST_ITEMS, LEAST_SHARE = 3, 0.25  # in so many a latent must fire with this share of its greatest activation: any is specific to one
 
 
 class Survey:
@@ -50,12 +50,13 @@ class Survey:
 
     def spread(self) -> Tensor:
         """(n,) as if each fired alike in so many items and in no other: exp of the entropy of its greatest activations' shares; 1 for a
-        latent of one item, N for one that fires alike in all. Infinite for those that fire in fewer than `LEAST_ITEMS`.
+        latent of one item, N for one that fires alike in all. Infinite for those that fire in too few to tell.
         """
         most = self.most.double()
         shares = most / most.sum(0).clamp_min(1e-30)
         spread = (-(shares * shares.clamp_min(1e-30).log()).sum(0)).exp()
-        return torch.where((most > 0).sum(0) >= LEAST_ITEMS, spread, torch.inf).float()
+        told = (most > LEAST_SHARE * most.amax(0)).sum(0) >= LEAST_ITEMS if len(most) else torch.zeros(self.n, dtype=torch.bool)
+        return torch.where(told, spread, torch.inf).float()
 
     def ranked(self, order: str, count: int) -> list[int]:
         """The first `count` latents by an order, of those that fire at all; of equals the lower number."""

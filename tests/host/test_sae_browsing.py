@@ -81,7 +81,11 @@ def test_numbers_are_those_of_the_codes(clip, planted, pooling):
 def test_a_planted_latent_is_known_by_its_words_and_prompts(clip, planted):
     sheets, found, numbers, report = browse(clip, planted, str(PLANTED))
     (told,) = json.loads(numbers)["latents"]
-    assert told["words"][0][0] == "red" and all("red" in one["prompt"] for one in told["examples"]) and len(told["examples"]) == 4
+    assert (
+        told["words"][0][0] == told["said"][0][0] == "red"
+        and all("red" in one["prompt"] for one in told["examples"])
+        and len(told["examples"]) == 4
+    )
     assert sheets.shape[0] == 1 and sheets.shape[2] == 1024 and f"  {PLANTED}: on" in report and "red" in report
     assert torch.equal(found.directions, planted.sae.directions(torch.tensor([PLANTED])))
     browsed = browse_text(clip, planted, PROMPTS, WORDS)
