@@ -115,7 +115,7 @@ def browse_text(clip, file: SAEFile, prompts: Sequence[str], pooling: str) -> Br
             _piece(clip, places[0].seat.part, windows[number][position][0]) if content[number, position] else BEHIND
             for number, position in there.nonzero().tolist()
         ]
-        gathered.add(text, rows[there], words=tuple(spoken))
+        gathered.add(text, *gathered.sae.sparse(rows[there].to(gathered.sae.W_enc.device)), words=tuple(spoken))
         bar.update(1)
     printed = "+".join(fingerprint(one.module) for one in places)
     config = {"family": called, "site": site, "io": TEXT, "whole": pooling == ROWS, "fingerprint": printed}
@@ -132,12 +132,15 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
     gathered, levels = _Gathered(file.sae), levels_of(patcher, runs)
     kept: dict[float, list[torch.Tensor]] = {level: [] for level in levels}
 
-    def rows(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        return x[:, share[0] > 0]
+    def codes(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        x = x[:, share[0] > 0]
+        if not bool(x.isfinite().all()):
+            raise FeaturesError(f"{site} gives NaN or infinity while the model samples. Load the model in another type.")
+        return torch.cat([part.float() for part in gathered.sae.sparse(x)], -1)
 
     if which_words(patcher.model, [module]) != "none":
         raise FeaturesError(f"{site} has the prompt's rows, which lie nowhere on a picture. Browse an autoencoder of the picture's.")
-    effect = TapEffect({module: Tapped(lambda sigma, x: kept[sigma].append(x.half()), io, rows)}, levels, "Browse Latents")
+    effect = TapEffect({module: Tapped(lambda sigma, x: kept[sigma].append(x), io, codes)}, levels, "Browse Latents")
     bar = comfy.utils.ProgressBar(len(prompts) * runs.pictures * runs.steps)
     asked = iter([text for _ in range(runs.pictures) for text in prompts])
     level = sites(patcher.model, [module])[module].level
@@ -150,12 +153,9 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
         grid = tuple(-(-length // 2**level) for length in latents.shape[-2:])
         with torch.inference_mode():
             pictures = [None] * len(latents) if decode is None else decode(latents).float().cpu()
-        by_level = torch.stack([torch.cat(kept[sigma]) for sigma in levels], 1)  # (pictures, S, T, d)
-        for picture, x in zip(pictures, by_level, strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            if not bool(x.isfinite().all()):
-                raise FeaturesError(f"{site} gives NaN or infinity while the model samples. Load the model in another type.")
-            gathered.add(next(asked), x.flatten(0, 1), grid=grid, picture=picture)
+        by_level = _level_by_level([torch.cat(kept[sigma]) for sigma in levels])
+        for picture, values, indices in zip(pictures, *by_level, strict=True):
+            gathered.add(next(asked), values.flatten(0, 1), indices.flatten(0, 1), grid=grid, picture=picture)
         for one in kept.values():
             one.clear()
     printed = fingerprint(patcher.model.diffusion_model.get_submodule(site))
@@ -163,6 +163,15 @@ def browse_model(patcher, clip, file: SAEFile, prompts: Sequence[str], runs: Run
     if decode is None:
         report.append("No vae is connected: the sheets show where latents fire, without the pictures.")
     return gathered.browsed(levels, {"family": family, "site": site, "io": io, "fingerprint": printed}, report)
+
+
+def _level_by_level(kept: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pictures, S, T, k) values and latents' numbers from what was kept at each level, (pictures, T, 2 k) of any k."""
+    halves = [[half for half in one.chunk(2, -1)] for one in kept]
+    most = max(half.shape[-1] for half, _ in halves)
+    filled = [[torch.nn.functional.pad(half, (0, most - half.shape[-1])) for half in pair] for pair in halves]
+    values, indices = (torch.stack(parts, 1) for parts in zip(*filled, strict=True))
+    return values, indices.int()
 
 
 class _Gathered:
@@ -173,13 +182,13 @@ class _Gathered:
         self.items: list[Item] = []
         self.survey, self.least, self.count = Survey(sae.n), 0.0, 0
 
-    def add(self, text: str, rows: torch.Tensor, **about) -> None:
-        values, indices = (part.cpu() for part in self.sae.sparse(rows.float().to(self.sae.W_enc.device)))
+    def add(self, text: str, values: torch.Tensor, indices: torch.Tensor, **about) -> None:
+        values, indices = values.cpu(), indices.cpu()
         if not bool(values.isfinite().all()):
             raise FeaturesError(f"Codes of '{text}' hold NaN or infinity. Load the model or the autoencoder in another type.")
         if self.sae.counts:
             self.least, self.count = self.least + float(values.amin(-1).sum()), self.count + len(values)
-        values, indices = values.half(), indices.int()
+        indices = indices.int()
         self.survey.add(values, indices)
         self.items.append(Item(text, values, indices, **about))
 

@@ -73,7 +73,8 @@ class _Page:
         rows = "positions" if self.browsed.levels else "rows" if config.get("whole") else "words"
         self._write(f"Latent {latent.number}", TITLE, INK)
         self.y += 4
-        self._write(f"of {self.browsed.sae.n} at {config['site']} of {config['family']}", SMALL, GREY)
+        where = f"of {self.browsed.sae.n} at {config['site']} of {config['family']}"
+        self._write(_narrowed(where, font(SMALL), WIDTH - 2 * (MARGIN + PLOT[0])), SMALL, GREY)
         self.y += 8
         self._write(f"fires on {_percent(latent.density)} of the {rows}, in {latent.items} of {len(self.browsed.items)} {of}", TEXT, INK)
         self._write(f"{latent.mean:.3g} on average where it fires, {latent.most:.3g} at most", TEXT, INK)
