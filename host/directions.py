@@ -13,8 +13,20 @@ import torch
 
 from ..ops.steering import mean_difference, threshold
 from .dispatcher import READS, Call, Effect, attach
-from .families import family_of
-from .feature_sites import AUTO, NETWORK, TextSite, checked_site, default_text_site, encoders_called, model_sites, skipped, text_sites
+from .feature_sites import (
+    AUTO,
+    NETWORK,
+    TextSite,
+    checked_site,
+    default_text_site,
+    encoders_called,
+    family_for,
+    model_sites,
+    picture_at,
+    skipped,
+    text_sites,
+    which_words,
+)
 from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 from .places import Place
 from .steering import _rows, everywhere
@@ -154,14 +166,14 @@ class Tapped(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Tapped], module, device, dtype) -> Tap:
-        return Tap(parts)
+        return Tap(parts, picture_at(module))
 
 
 class Tap:
     """What is made of the rows of each picture in which any has a share."""
 
-    def __init__(self, parts: Sequence[Tapped]):
-        self.parts = parts
+    def __init__(self, parts: Sequence[Tapped], at: int = 0):
+        self.parts, self.at = parts, at
 
     def setting(self, strengths, places=(), shares=None):
         return [sigma for _, sigma in strengths], [shares.rows[place] for place in places]
@@ -170,8 +182,9 @@ class Tap:
         self.sigmas, self.shares = setting
 
     def __call__(self, output: Any, fresh: bool, *args, **kwargs) -> Any:
-        rows = _rows(output[0] if isinstance(output, tuple) else output).detach().float()
-        given = _rows(args[0]).detach().float() if args and args[0].ndim == 4 else None
+        rows = _rows(output[self.at] if isinstance(output, tuple) else output).detach().float()
+        differs = any(part.io == DIFF for part in self.parts)
+        given = _rows(args[self.at]).detach().float() if differs else None
         for part, sigma, share in zip(self.parts, self.sigmas, self.shares, strict=True):
             share = torch.nn.functional.pad(share, (0, rows.shape[1] - share.shape[-1])).expand(len(rows), -1)
             counts = share.sum(1) > 0
@@ -184,11 +197,9 @@ class Tap:
 class TapEffect(Effect):
     """Listens at some noise levels to the rows of what is wanted."""
 
-    text = "none"
-
-    def __init__(self, parts: Mapping[str, Tapped], sigmas: Sequence[float], name: str = "Find Direction"):
+    def __init__(self, parts: Mapping[str, Tapped], sigmas: Sequence[float], name: str = "Find Direction", text: str = "none"):
         super().__init__(name, parts)
-        self.sigmas = sigmas
+        self.sigmas, self.text = sigmas, text
         self.place = Place(everywhere, factors=lambda name: 0.0 if "negative" in name else 1.0)
 
     def strengths(self, model_sampling) -> Callable[[Call], tuple[float, float] | float]:
@@ -211,7 +222,7 @@ def in_model(patcher, clip, site: str, io: str, positive: Sequence[str], negativ
     found, right = [], {}
     for one, module in zip(sites, modules, strict=True):
         features, right[one] = _between(one, *(side[module] for side in sides))
-        family, printed = family_of(patcher.model).name, fingerprint(patcher.model.diffusion_model.get_submodule(one))
+        family, printed = family_for(patcher.model).name, fingerprint(patcher.model.diffusion_model.get_submodule(one))
         found.append(
             features._replace(name=name, family=family, io=io, sigmas=torch.tensor(levels), fingerprint=printed, prompts=prompts).checked()
         )
@@ -244,7 +255,8 @@ def pooled_sides(
     found = []
     for side in sides:
         kept: dict[str, dict[float, list[torch.Tensor]]] = {module: {level: [] for level in levels} for module in modules}
-        effect = TapEffect({module: Tapped(_keep(kept[module]), io, pool) for module in modules}, levels)
+        parts = {module: Tapped(_keep(kept[module]), io, pool) for module in modules}
+        effect = TapEffect(parts, levels, text=which_words(patcher.model, modules))
         for _ in sampled(patcher, effect, [encoded[text] for text in side], encoded[""], runs, bar):
             pass
         for module, by in kept.items():
@@ -275,8 +287,10 @@ def _between(site: str, with_it: torch.Tensor, without: torch.Tensor) -> tuple[F
     return features, float((of[0][:, None] > of[1][None]).float().mean())
 
 
-def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) -> Iterator[int]:
-    """Sample pictures of encoded texts with an effect on a clone of a MODEL; gives how many, after each batch."""
+def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) -> Iterator[torch.Tensor]:
+    """Sample pictures of encoded texts with an effect on a clone of a MODEL; gives the latents of each batch, in the texts' order and
+    round after round of them.
+    """
     listening = patcher.clone()
     attach(listening, effect)
     asked = [(number, text) for number in range(runs.pictures) for text in texts]
@@ -290,11 +304,11 @@ def sampled(patcher, effect: Effect, texts: Sequence, empty, runs: Runs, bar) ->
             for side in ([text for _, text in batch], [empty] * len(batch))
         ]
         with torch.inference_mode():  # closed again before the caller goes on, who may train
-            comfy.sample.sample(
+            latents = comfy.sample.sample(
                 listening, noise, runs.steps, runs.cfg, SAMPLER, SCHEDULER, *conditions, blank.repeat(len(batch), *[1] * (blank.ndim - 1)),
                 callback=_advance(bar, len(batch)), disable_pbar=True, seed=runs.seed,
             )  # fmt: skip
-        yield len(batch)
+        yield latents
 
 
 def _keep(kept: dict[float, list[torch.Tensor]]) -> Callable[[float, torch.Tensor], None]:

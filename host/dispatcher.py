@@ -34,7 +34,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_ke
 
 from ..ops.shares import Shares
 from .cross import CrossAct, Kept, SelfAct
-from .families import family_of
+from .families import row_of
 from .joint import Joint, MaskUnfit
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
@@ -374,7 +374,7 @@ class Run:
         attentions = _attentions(patcher.model) if masked else ([], [])
         self.selves = {name: SelfAct() for name in attentions[0]}
         self.crosses = {name: CrossAct(patcher.model.get_submodule(name), kept) for name in attentions[1]}
-        self.reads_jointly = masked and any(kind == JOINT for kind in family_of(patcher.model).rows)
+        self.reads_jointly = masked and any(kind == JOINT for kind in row_of(patcher.model).rows)
         self.joint: Joint | None = None
         self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
         self.behind = {name: key for effect in self.effects for name, key in effect.behind.items()}

@@ -29,6 +29,8 @@ class Family(NamedTuple):
     site_layers    pattern of layers that they may lie at as well
     site           of both, what is taken where none is named: one, or all of a kind of layer
     slider_start   where published sliders of the family start, as a share of sampling: later keeps layout, earlier changes more
+    site_words     pattern of further layers that features may lie at, over the prompt's rows; none where empty
+    only           what of the pack alone is known to work on it; all of it where empty
     """
 
     name: str
@@ -48,6 +50,8 @@ class Family(NamedTuple):
     site_layers: str
     site: str
     slider_start: float
+    site_words: str = ""
+    only: str = ""
 
 
 FINE, LATE = "all but the coarsest", "the last fifth"
@@ -74,6 +78,12 @@ FLUX_ROWS = {
     "text": r"\.txt_|^txt_in$",
     "joint": r"^single_blocks\.",
 }
+
+MMDIT_ROWS = {
+    "vector": r"adaLN_modulation|^[ty]_embedder\.",
+    "text": r"\.context_block\.|^context_(embedder|processor)\b",
+}
+FEATURES = "features"
 
 FAMILIES = (
     Family(
@@ -133,7 +143,30 @@ FAMILIES = (
         site="double_blocks.18",
         slider_start=0.05,
     ),
+    Family(
+        name="Stable Diffusion 3",
+        configs=("SD3",),
+        layers={},
+        text_width=None,
+        file_pattern=r"joint_blocks[_.]",
+        renamed={},
+        rows=MMDIT_ROWS,
+        tokenizers=("l", "g", "t5xxl"),
+        slider_layers="(?!)",
+        blocks=("JointBlock",),
+        maps="(?!)",
+        maps_read=LATE,
+        site_blocks=("JointBlock",),
+        site_layers=r"\.x_block\.attn\.proj$",
+        site="joint_blocks.12",
+        slider_start=0.0,
+        site_words=r"\.context_block\.attn\.proj$",
+        only=FEATURES,
+    ),
 )
+
+# Blocks of these classes give the prompt's rows first and the picture's second; all others the picture's first.
+PICTURE_SECOND = ("JointBlock",)
 
 
 # The host's layers of these have no gradient: their norm and rotation are one fused operation that knows the way forward only.
@@ -148,13 +181,25 @@ class UnsupportedFamily(ValueError):
     """The model's family has no row in the table."""
 
 
-def family_of(model) -> Family:
-    """The family of a host model (comfy.model_base.BaseModel). Raises UnsupportedFamily that lists what is supported."""
+def row_of(model) -> Family | None:
+    """The row of a host model (comfy.model_base.BaseModel), whatever works on it; None where it has none."""
     config = type(model.model_config).__name__
-    for family in FAMILIES:
-        if config in family.configs:
-            return family
-    raise UnsupportedFamily(f"This model is of the family {config}, which Concept Nodes do not support yet. Supported: {supported()}.")
+    return next((family for family in FAMILIES if config in family.configs), None)
+
+
+def family_of(model, use: str = "") -> Family:
+    """The family of a host model, for a use of it. Raises UnsupportedFamily that lists what is supported."""
+    family = row_of(model)
+    if family is None:
+        config = type(model.model_config).__name__
+        raise UnsupportedFamily(
+            f"This model is of the family {config}, which Concept Nodes do not support yet. Supported: {supported(use)}."
+        )
+    if family.only not in ("", use):
+        raise UnsupportedFamily(
+            f"This model is of the family {family.name}, on which only {family.only} work so far. Supported here: {supported(use)}."
+        )
+    return family
 
 
 def family_of_file(shapes: dict[str, tuple[int, ...]]) -> Family | None:
@@ -193,8 +238,8 @@ def is_chosen(family: Family, module: str, choice: str) -> bool:
     return choice in (ALL, layer_kind(family, module))
 
 
-def supported() -> str:
-    return ", ".join(family.name for family in FAMILIES)
+def supported(use: str = "") -> str:
+    return ", ".join(family.name for family in FAMILIES if family.only in ("", use))
 
 
 def rows() -> list[dict[str, str]]:
@@ -204,7 +249,8 @@ def rows() -> list[dict[str, str]]:
             "family": family.name,
             "host classes": ", ".join(family.configs),
             "layers told apart": ", ".join(family.layers),
-            "sliders usually start at": f"{family.slider_start:.0%}",
+            "sliders usually start at": "" if family.only else f"{family.slider_start:.0%}",
+            "only": family.only,
         }
         for family in FAMILIES
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from .encoders import Seat, seats
-from .families import CROSS_ATTENTION, Family, family_of
-from .features import DIFF, TEXT, Features, FeaturesError
+from .families import CROSS_ATTENTION, FEATURES, PICTURE_SECOND, Family, family_of
+from .features import DIFF, TEXT, Features, FeaturesError, fingerprint
 
 AUTO, ALL_LAYERS = "auto", "all layers"
 NETWORK = "diffusion_model."
@@ -26,26 +27,50 @@ class TextSite(NamedTuple):
     width: int
 
 
+def family_for(model) -> Family:
+    """The family of a host model on which features are found and steered with. Raises UnsupportedFamily."""
+    return family_of(model, FEATURES)
+
+
 # --- the model --------------------------------------------------------------------------------------------------------------------
 
 
 def blocks(model) -> list[str]:
     """Names of a host model's blocks that features may lie at, in the order in which the network runs. Raises UnsupportedFamily."""
-    kinds = family_of(model).site_blocks
+    kinds = family_for(model).site_blocks
     return [name for name, module in model.diffusion_model.named_modules() if type(module).__name__ in kinds]
 
 
 def layers(model) -> list[str]:
     """Names of its layers that features may lie at. Raises UnsupportedFamily."""
-    pattern = family_of(model).site_layers
+    return _matching(model, family_for(model).site_layers)
+
+
+def word_layers(model) -> list[str]:
+    """Names of further ones, whose rows are the prompt's. Raises UnsupportedFamily."""
+    pattern = family_for(model).site_words
+    return _matching(model, pattern) if pattern else []
+
+
+def _matching(model, pattern: str) -> list[str]:
     return [name for name, _ in model.diffusion_model.named_modules() if re.search(pattern, name)]
+
+
+def which_words(model, sites: Iterable[str]) -> str:
+    """Which of the prompt's rows an effect on sites is to have (`Effect.text`): all, where sites are of these."""
+    return "none" if {site.removeprefix(NETWORK) for site in sites}.isdisjoint(word_layers(model)) else "all"
+
+
+def picture_at(module: torch.nn.Module) -> int:
+    """Which of a site's outputs, and of its inputs, are its rows."""
+    return int(type(module).__name__ in PICTURE_SECOND)
 
 
 def model_sites(model, text: str) -> list[str]:
     """The sites that a text names: AUTO, the family's own; ALL_LAYERS or "cross-attention", all layers that there are; names, joined by
     "+". Raises UnsupportedFamily.
     """
-    own = family_of(model).site
+    own = family_for(model).site
     if text == AUTO:
         # A model that is too small to have its family's own site has one in the middle.
         text = own if own in (CROSS_ATTENTION, *blocks(model)) else blocks(model)[len(blocks(model)) // 2]
@@ -57,17 +82,21 @@ def width_at(model, site: str) -> int:
     module = model.diffusion_model.get_submodule(site)
     if hasattr(module, "to_out"):
         module = module.to_out[0]
+    if hasattr(module, "x_block"):
+        module = module.x_block.attn.proj
     return next(getattr(module, name) for name in ("out_features", "hidden_size", "in_channels") if hasattr(module, name))
 
 
 def checked_site(model, site: str, io: str) -> str:
     """The name of the module from the host's BaseModel whose output are a site's rows. Raises FeaturesError that lists the sites."""
-    family = family_of(model)
-    if site not in blocks(model) + layers(model):
+    family, there = family_for(model), blocks(model) + layers(model) + word_layers(model)
+    if site not in there:
         several = f"'{ALL_LAYERS}'" if family.site != CROSS_ATTENTION else f"'{CROSS_ATTENTION}'"
-        there = f"{', '.join(blocks(model))}; {several} stands for {len(layers(model))} layers, the first of which is {layers(model)[0]}"
-        raise FeaturesError(f"This model ({family.name}) has no site '{site}'. Its sites are {there}.")
-    if io == DIFF and site in layers(model):
+        known = f"{', '.join(blocks(model))}; {several} stands for {len(layers(model))} layers, the first of which is {layers(model)[0]}"
+        if word_layers(model):
+            known += f"; the prompt's rows are at {', '.join(word_layers(model))}"
+        raise FeaturesError(f"This model ({family.name}) has no site '{site}'. Its sites are {known}.")
+    if io == DIFF and site not in blocks(model):
         raise FeaturesError(f"{site} is a layer whose output is what it adds: take 'out'.")
     if io == DIFF and not writes_apart(family):
         raise FeaturesError(
@@ -79,12 +108,17 @@ def checked_site(model, site: str, io: str) -> str:
 
 def writes_apart(family: Family) -> bool:
     """Whether a site's input is still there when its output is."""
-    return "SpatialTransformer" in family.site_blocks
+    return "DoubleStreamBlock" not in family.site_blocks
+
+
+def transforms_alone(family: Family) -> bool:
+    """Whether it is a transformer throughout, and no UNet."""
+    return "SpatialTransformer" not in family.site_blocks
 
 
 def fitting(model, features: Features) -> str:
     """The name of the module that features of one site steer. Raises FeaturesError where they are not for it, and UnsupportedFamily."""
-    family = family_of(model)
+    family = family_for(model)
     if features.io == TEXT:
         raise FeaturesError(f"'{features.name}' is for a text encoder ({features.site}): connect it to Steer Text.")
     if features.family != family.name:
@@ -96,6 +130,18 @@ def fitting(model, features: Features) -> str:
             "model of another size. Find it on this one."
         )
     return name
+
+
+def on_other_weights(features: Features, model=None, clip=None) -> list[str]:
+    """A note where features were found on other weights than these: of a host model, or of a CLIP where they are of text."""
+    if features.io == TEXT:
+        site, now = features.site, "+".join(fingerprint(one.module) for one in text_sites(clip, features.site))
+    else:
+        features = features.each()[-1]
+        site, now = features.site, fingerprint(model.diffusion_model.get_submodule(features.site))
+    if not features.fingerprint or now == features.fingerprint:
+        return []
+    return [f"Note: the weights at {site} are not those that this was found on (another checkpoint, or the same in another type)."]
 
 
 # --- text encoders ----------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,20 @@ import torch
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
 from ..ops.schedule import Schedule
+from ..ops.steering import Steer
 from . import adapters, capture, files, maps
 from .dispatcher import Call, Effect, attach
 from .encoders import EncoderError
 from .families import ALL, Family, family_of
+from .feature_sites import on_other_weights, skipped, text_sites
+from .features import TEXT, Features, FeaturesError
 from .filter import FilterError, Prompt, Settings, keep_out, matching
 from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought, layers_of
 from .places import LivePlace, Place, group
 from .reference import Reader, Reference, ReferenceEffect
 from .sites import JOINT
+from .steering import COND, NEGATIVE, steer_model
+from .text_steering import BUT_FIRST, TextSteer, steered
 from .window import course
 from .words import Words, find, length_of
 
@@ -64,6 +70,36 @@ class Unwanted(NamedTuple):
         return self.settings.idle(self.concepts)
 
 
+@dataclass(frozen=True)
+class Leaning:
+    """Features hung on a region: of a model, they act on its positions; of a text encoder, on what it reads. how: to steer with those of
+    each site; told: that in words. scope, gate: of a text's rows, as `TextSteer` has them.
+    """
+
+    features: Features
+    how: Callable[[Features], Steer]
+    told: str
+    strength: float
+    start: float = 0.0
+    end: float = 1.0
+    schedule: Schedule | None = None
+    side: str = COND
+    scope: str = BUT_FIRST
+    gate: float = 0.0
+
+    @property
+    def of_text(self) -> bool:
+        return self.features.io == TEXT
+
+    def idle(self) -> bool:
+        return self.strength == 0 or self.start == self.end or (self.schedule is not None and self.schedule.silent())
+
+    def on(self, clip, condition: str):
+        """A CLIP that steers a condition's texts, or as it came where they are left alone."""
+        strength = self.strength * (NEGATIVE[self.side] if condition == "negative" else 1.0)
+        return steered(clip, TextSteer(self.features, self.how(self.features), strength, self.scope, self.gate)) if strength else clip
+
+
 class Reading(NamedTuple):
     """What a region reads in a part of sampling: by condition, a text of its own in the common one's place."""
 
@@ -74,13 +110,15 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Regions:
-    """CONCEPT_REGIONS: the document, and by region name the LoRAs, the mask, the filter and the references that nodes hung on it."""
+    """CONCEPT_REGIONS: the document, and by region name the LoRAs, the mask, the filter, the references and the features that nodes hung
+    on it."""
 
     document: Document = Document()
     hung: Mapping[str, tuple[Hung, ...]] = field(default_factory=dict)
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     filters: Mapping[str, Unwanted] = field(default_factory=dict)
     references: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
+    features: Mapping[str, tuple[Leaning, ...]] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         return [region.name for region in self.document.regions]
@@ -107,6 +145,10 @@ class Regions:
     def with_reference(self, name: str, reference: Reference) -> Regions:
         self.check_name(name)
         return replace(self, references={**self.references, name: (*self.references.get(name, ()), reference)})
+
+    def with_features(self, name: str, leaning: Leaning) -> Regions:
+        self.check_name(name)
+        return replace(self, features={**self.features, name: (*self.features.get(name, ()), leaning)})
 
     def with_filter(self, name: str, unwanted: Unwanted) -> Regions:
         """Keep concepts out of a region. A second filter adds its concepts; raises RegionsError where it works another way. One that does
@@ -210,8 +252,8 @@ def apply(
     positive: Sequence = (),
 ) -> tuple[Any, list[str]]:
     """A clone of MODEL `patcher` with the regions on it, and report lines. `positive` is the common CONDITIONING and `prompt` its text: for
-    the words that a LoRA acts on where `text` is "span", and for filters of regions that read it. Raises RegionsError, AdapterError,
-    DocumentError and MissingFile.
+    the words that a LoRA acts on where `text` is "span", and for filters and features of regions that read it. Raises RegionsError,
+    AdapterError, FeaturesError, DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
@@ -220,6 +262,10 @@ def apply(
     drawing = Drawing(regions)
     finder = _finder(patcher, regions, drawing, clip, family, prompt, positive)
     sought = {one.name: one for one in finder.sought} if finder else {}
+
+    def place_of(index: int, texts: Mapping[str, torch.Tensor] | None = None) -> Place:
+        return Place(drawing.of(index), texts) if finder is None else LivePlace(finder.source, index, texts)
+
     effects: list[Effect] = []
     lines, places, parts, prompted = [], [], [], 0
     looks: list[tuple[Reference, torch.Tensor | None, Sequence[tuple[Place, float, float]]]] = []
@@ -238,7 +284,9 @@ def apply(
             policy = _span(region, clip, family, prompt, positive) if live is None else Words(live.bound.rows, finder.length)
         # What tells words of the common prompt is no text of its own to be read beside it.
         own = replace(region, prompt="") if named else region
-        readings, told = _readings(own, clip, loras, regions.filters.get(region.name), named, prompt, positive)
+        leanings = regions.features.get(region.name, ())
+        read = Sources(own, clip, loras, regions.filters.get(region.name), named, prompt, positive)
+        readings, told = read.readings([leaning for leaning in leanings if leaning.of_text and not leaning.idle()])
         if named:
             words = live.bound.phrase if live else _words_of(region)
             told.insert(0, f"Acts on the common prompt's words '{words}' (tokens {_listed(policy.rows)}).")
@@ -250,10 +298,7 @@ def apply(
                 for one in readings
                 if max(one.start, live.live.start) < min(one.end, live.live.end)
             ]
-        turns = [
-            (Place(drawing.of(index), texts) if finder is None else LivePlace(finder.source, index, texts), start, end)
-            for texts, start, end in readings
-        ]
+        turns = [(place_of(index, texts), start, end) for texts, start, end in readings]
         before = len(effects)
         for lora in loras:
             if lora.idle():
@@ -277,6 +322,11 @@ def apply(
             looks.append((reference, _shown(reference, turns[0][0], clip, region.name), turns))
             told.append(reference.describe(patcher.model))
         effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
+        for leaning in leanings:
+            if not leaning.of_text and not leaning.idle():
+                # A place of its own, which no text has: what is steered divides nothing.
+                effects.append(_leaning_effect(patcher, leaning, region.name, place_of(index)))
+            told += _told_of(leaning, patcher.model, clip)
         if len(effects) == before and not seen:
             lines += told
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has no prompt, LoRA or reference.")
@@ -447,57 +497,130 @@ def _with_text_part(clip, lora: Hung):
     return clip
 
 
-def _readings(
-    region: Region, clip, loras: Sequence[Hung], unwanted: Unwanted | None, named: bool, prompt: str, positive: Sequence
-) -> tuple[list[Reading], list[str]]:
-    """What a region reads from the first step to the last, and report lines. named: its LoRAs act on words of the common prompt."""
-    wanted, own = _wanted(region), clip
-    if wanted and clip is None:
-        raise RegionsError(
-            f"Region '{region.name}' has a prompt, and no clip is connected to read it. Connect the model's CLIP, or empty it."
-        )
-    for lora in loras if wanted else ():
-        if lora.clip != 0:
-            own = _with_text_part(own, lora)
-    texts = {name: own.encode_from_tokens(own.tokenize(text)) for name, text in wanted.items()}
-    if unwanted is None:
-        return [Reading(texts)], []
-    idle = unwanted.idle()
-    if idle:
-        return [Reading(texts)], [f"Filter of '{region.name}': nothing done, {idle}."]
-    if named:
-        raise RegionsError(
-            f"text is 'span', by which region '{region.name}' reads the common prompt as it is, and a filter hangs on the region. Choose "
-            "another text, or encode the common prompt with Keep Concept Out instead."
-        )
+def _leaning_effect(patcher, leaning: Leaning, name: str, place: Place) -> Effect:
+    course = leaning.start, leaning.end, leaning.schedule
     try:
-        if "positive" in wanted:
-            done = keep_out(own, wanted["positive"], unwanted.concepts, unwanted.settings)
-        else:
-            done = keep_out(clip, _common(region, clip, prompt, positive), unwanted.concepts, unwanted.settings)
-    except (FilterError, EncoderError) as error:
-        raise RegionsError(f"The filter of region '{region.name}': {error}") from error
-    told = [f"Kept out of '{region.name}': {', '.join(unwanted.concepts)}.", *done.report]
-    if done.window is None:
-        return [Reading(texts)], told
-    start, end = done.window
-    told.append("The filter acts in all steps." if done.window == (0.0, 1.0) else f"The filter acts from {start:g} to {end:g} of sampling.")
-    filtered = texts | {"positive": done.inside()}
-    parts = (Reading(texts, 0.0, start), Reading(filtered, start, end), Reading(texts, end, 1.0))
-    return [reading for reading in parts if reading.start < reading.end], told
+        effect = steer_model(patcher, leaning.features, leaning.how, leaning.strength, *course, side=leaning.side)
+    except FeaturesError as error:
+        raise RegionsError(f"The features of region '{name}': {error}") from error
+    place.factors, effect.place = effect.place.factors, place
+    effect.name = f"'{name}': {effect.name}"
+    return effect
 
 
-def _common(region: Region, clip, prompt: str, positive: Sequence) -> str:
-    """The text that a region without a prompt reads. Raises RegionsError where it is not known."""
-    ways = "Give Apply Regions the text in prompt and the CLIP that positive was made with, or the region a prompt of its own."
-    if clip is None or not prompt.strip():
-        missing = "no clip is connected" if clip is None else "its text is not known: prompt is empty"
-        raise RegionsError(f"Region '{region.name}' has a filter and reads the common prompt, and {missing}. {ways}")
-    try:
-        matching(positive, Prompt(clip, prompt))
-    except FilterError as error:
-        raise RegionsError(
-            f"Region '{region.name}' has a filter and reads the common prompt, and positive was not made of the text in prompt by this "
-            f"CLIP. {ways}"
-        ) from error
-    return prompt
+def _told_of(leaning: Leaning, model, clip) -> list[str]:
+    """Report lines."""
+    called = f"'{leaning.features.name}'"
+    if leaning.idle():
+        return [f"Features {called}: nothing done, their strength or schedule is 0 or their window empty."]
+    when = "in all steps" if (leaning.start, leaning.end) == (0.0, 1.0) else f"from {leaning.start:g} to {leaning.end:g} of sampling"
+    times = f", times {leaning.schedule} over sampling" if leaning.schedule else ""
+    where = f"what it reads ({leaning.scope})" if leaning.of_text else "its positions"
+    lines = [f"Features {leaning.features.describe()}", f"On {where}: {leaning.told} ({leaning.side}), {when}{times}."]
+    if leaning.of_text:
+        lines += [f"Note: {note}" for note in filter(None, (skipped(clip, site) for site in text_sites(clip, leaning.features.site)))]
+    return lines + on_other_weights(leaning.features, model, clip)
+
+
+class Sources(NamedTuple):
+    """What a region's texts are made of. named: its LoRAs act on words of the common prompt, which it reads as it is."""
+
+    region: Region
+    clip: Any
+    loras: Sequence[Hung]
+    unwanted: Unwanted | None
+    named: bool
+    prompt: str
+    positive: Sequence
+
+    def readings(self, leanings: Sequence[Leaning]) -> tuple[list[Reading], list[str]]:
+        """What the region reads from the first step to the last, and report lines. leanings: on texts, and not idle."""
+        if leanings and self.named:
+            raise RegionsError(self._span_reads_plain("features of a text encoder hang", "with Steer Text"))
+        borders = sorted({0.0, 1.0, *(border for one in leanings for border in (one.start, one.end))})
+        found, told = [], []
+        for start, end in pairwise(borders):
+            parts, lines = self._one([one for one in leanings if one.start <= start and end <= one.end])
+            cut = (part._replace(start=max(start, part.start), end=min(end, part.end)) for part in parts)
+            found += [part for part in cut if part.start < part.end]
+            told += [line for line in lines if line not in told]
+        return found, told
+
+    def _one(self, leanings: Sequence[Leaning]) -> tuple[list[Reading], list[str]]:
+        """The same, where these features act all along."""
+        region, unwanted, wanted, own = self.region, self.unwanted, _wanted(self.region), self.clip
+        if (wanted or leanings) and self.clip is None:
+            what = "a prompt" if wanted else "features of a text encoder"
+            raise RegionsError(
+                f"Region '{region.name}' has {what}, and no clip is connected to read it. Connect the model's CLIP, or empty it."
+            )
+        for lora in self.loras if wanted else ():
+            if lora.clip != 0:
+                own = _with_text_part(own, lora)
+        if any(one.side != COND for one in leanings) and "negative" not in wanted:
+            raise RegionsError(
+                f"Features of a text encoder on region '{region.name}' are to steer its negative prompt, and it has none of its own. Write "
+                f"it one, or set cfg_mode to '{COND}'."
+            )
+        texts = {name: _read_by(self._leaning(own, leanings, name), text) for name, text in wanted.items()}
+        if leanings and "positive" not in wanted:
+            texts["positive"] = _read_by(self._leaning(self.clip, leanings, "positive"), self._common("features of a text encoder"))
+        if unwanted is None:
+            return [Reading(texts)], []
+        idle = unwanted.idle()
+        if idle:
+            return [Reading(texts)], [f"Filter of '{region.name}': nothing done, {idle}."]
+        if self.named:
+            raise RegionsError(self._span_reads_plain("a filter hangs", "with Keep Concept Out"))
+        try:
+            if "positive" in wanted:
+                done = keep_out(self._leaning(own, leanings, "positive"), wanted["positive"], unwanted.concepts, unwanted.settings)
+            else:
+                clip = self._leaning(self.clip, leanings, "positive")
+                done = keep_out(clip, self._common("a filter"), unwanted.concepts, unwanted.settings)
+        except (FilterError, EncoderError) as error:
+            raise RegionsError(f"The filter of region '{region.name}': {error}") from error
+        told = [f"Kept out of '{region.name}': {', '.join(unwanted.concepts)}.", *done.report]
+        if done.window is None:
+            return [Reading(texts)], told
+        start, end = done.window
+        told.append(
+            "The filter acts in all steps." if done.window == (0.0, 1.0) else f"The filter acts from {start:g} to {end:g} of sampling."
+        )
+        filtered = texts | {"positive": done.inside()}
+        parts = (Reading(texts, 0.0, start), Reading(filtered, start, end), Reading(texts, end, 1.0))
+        return [reading for reading in parts if reading.start < reading.end], told
+
+    def _leaning(self, clip, leanings: Iterable[Leaning], condition: str):
+        try:
+            for one in leanings:
+                clip = one.on(clip, condition)
+        except (FeaturesError, EncoderError) as error:
+            raise RegionsError(f"The features of region '{self.region.name}': {error}") from error
+        return clip
+
+    def _span_reads_plain(self, what: str, instead: str) -> str:
+        return (
+            f"text is 'span', by which region '{self.region.name}' reads the common prompt as it is, and {what} on the region. Choose "
+            f"another text, or encode the common prompt {instead} instead."
+        )
+
+    def _common(self, what: str) -> str:
+        """The text that a region without a prompt reads. Raises RegionsError where it is not known."""
+        region, clip = self.region, self.clip
+        ways = "Give Apply Regions the text in prompt and the CLIP that positive was made with, or the region a prompt of its own."
+        if clip is None or not self.prompt.strip():
+            missing = "no clip is connected" if clip is None else "its text is not known: prompt is empty"
+            raise RegionsError(f"Region '{region.name}' has {what} and reads the common prompt, and {missing}. {ways}")
+        try:
+            matching(self.positive, Prompt(clip, self.prompt))
+        except FilterError as error:
+            raise RegionsError(
+                f"Region '{region.name}' has {what} and reads the common prompt, and positive was not made of the text in prompt by this "
+                f"CLIP. {ways}"
+            ) from error
+        return self.prompt
+
+
+def _read_by(clip, text: str) -> torch.Tensor:
+    return clip.encode_from_tokens(clip.tokenize(text))

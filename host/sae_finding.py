@@ -11,8 +11,8 @@ import torch
 from ..ops.sae import HELD, SAE
 from ..ops.sae_find import effect_size, ranked, set_difference, share_difference
 from .directions import ROWS, WORDS, Found, Runs, gated, levels_of, notes_of, pooled_sides, read_texts
-from .families import FAMILIES, family_of
-from .feature_sites import ENCODERS, checked_site, encoders_called, text_sites, width_at
+from .families import FAMILIES
+from .feature_sites import ENCODERS, checked_site, encoders_called, family_for, text_sites, width_at
 from .features import DIFF, KINDS, OUT, TEXT, Features, FeaturesError, Readers, fingerprint
 from .sae_files import SAEFile
 
@@ -75,14 +75,19 @@ class Reading:
         return torch.cat([total / share.sum(), most, (share @ x) / share.sum()])
 
     def thresholds(self, indices: torch.Tensor) -> torch.Tensor:
-        """(m,) that activations of latents must exceed."""
-        sae = self.sae
-        if sae.counts:
-            return torch.full((len(indices),), self.least / max(1, self.count))
-        if sae.threshold is None:
-            return torch.zeros(len(indices))
-        threshold = sae.threshold.float().cpu()
-        return threshold[indices] if threshold.ndim else threshold.expand(len(indices)).clone()
+        return thresholds(self.sae, indices, self.least / max(1, self.count))
+
+
+def thresholds(sae: SAE, indices: torch.Tensor, least: float) -> torch.Tensor:
+    """(m,) that activations of latents must exceed. least: the mean of the least that was kept of a vector, for autoencoders that keep a
+    number of latents.
+    """
+    if sae.counts:
+        return torch.full((len(indices),), least)
+    if sae.threshold is None:
+        return torch.zeros(len(indices))
+    threshold = sae.threshold.float().cpu()
+    return threshold[indices] if threshold.ndim else threshold.expand(len(indices)).clone()
 
 
 def io_of(file: SAEFile) -> str:
@@ -105,7 +110,7 @@ def find_in_text(clip, file: SAEFile, wish: Wish) -> Found:
     """At the autoencoder's block of a CLIP's text encoder. Raises FeaturesError, EncoderError."""
     site = site_of(file)
     sites, called = text_sites(clip, site), encoders_called(site)
-    _check(file, called, sum(one.width for one in sites), site, "this CLIP", {family.name for family in FAMILIES})
+    check_fits(file, called, sum(one.width for one in sites), site, "this CLIP", {family.name for family in FAMILIES})
     notes, read = notes_of(clip, sites), read_texts(clip, sites, (*wish.positive, *wish.negative))
     reading = Reading(file.sae)
 
@@ -129,9 +134,9 @@ def find_in_model(patcher, clip, file: SAEFile, wish: Wish, runs: Runs) -> Found
     """At the autoencoder's module of a MODEL, while pictures of the prompts are sampled from the same noise with and without the concept.
     Raises FeaturesError, UnsupportedFamily.
     """
-    site, io, family = site_of(file), io_of(file), family_of(patcher.model).name
+    site, io, family = site_of(file), io_of(file), family_for(patcher.model).name
     module = checked_site(patcher.model, site, io)
-    _check(file, family, width_at(patcher.model, site), site, "this model", set())
+    check_fits(file, family, width_at(patcher.model, site), site, "this model", set())
     reading, levels = Reading(file.sae), levels_of(patcher, runs)
     sides = pooled_sides(patcher, clip, [module], io, levels, (wish.positive, wish.negative), runs, reading)
     features, told = _found(file, reading, *(Codes.of(side[module], file.sae.n) for side in sides), wish, site)
@@ -144,7 +149,8 @@ def find_in_model(patcher, clip, file: SAEFile, wish: Wish, runs: Runs) -> Found
     return Found(features, told)
 
 
-def _check(file: SAEFile, family: str, width: int, site: str, what: str, also: set[str]) -> None:
+def check_fits(file: SAEFile, family: str, width: int, site: str, what: str, also: set[str]) -> None:
+    """Raises FeaturesError where an autoencoder is not of a site's rows, or spoilt. also: other names that its family may have."""
     own = file.config.get("family")
     if own and own != family and own not in also:
         raise FeaturesError(

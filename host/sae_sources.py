@@ -10,7 +10,7 @@ import torch
 
 from .directions import ROWS, Runs, TapEffect, Tapped, levels_of, read_texts, sampled
 from .encoders import windows_of
-from .feature_sites import TextSite
+from .feature_sites import TextSite, which_words
 
 AT_ONCE = 8  # prompts encoded and sampled before their rows are given on
 
@@ -45,7 +45,8 @@ def model_rows(patcher, clip, module: str, io: str, prompts: Sequence[str], runs
         chosen = there[torch.randperm(len(there), generator=generator)[:tokens].to(there.device)]
         return x[:, chosen].flatten(0, 1)
 
-    effect = TapEffect({module: Tapped(lambda sigma, rows: kept.append(rows), io, some)}, levels, "Train Sparse Autoencoder")
+    parts = {module: Tapped(lambda sigma, rows: kept.append(rows), io, some)}
+    effect = TapEffect(parts, levels, "Train Sparse Autoencoder", which_words(patcher.model, [module]))
     for number in count():
         order = torch.randperm(len(prompts), generator=generator).tolist()
         for first in range(0, len(order), AT_ONCE):

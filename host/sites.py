@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .families import Family, family_of
+from .families import Family, row_of
 
 # Kinds of rows. MAP: positions of a convolution's output; IMAGE: tokens of the picture; TEXT: tokens of the prompt; JOINT: text, then
 # picture; VECTOR: no tokens, the same for all of the picture.
@@ -25,7 +25,7 @@ class Site(NamedTuple):
 
 def sites(model, names: Iterable[str]) -> dict[str, Site]:
     """The site of each module of a host model, by its name from there ("diffusion_model....")."""
-    family = family_of(model)
+    family = row_of(model)
     levels = _unet_levels(model.diffusion_model) if hasattr(model.diffusion_model, "input_blocks") else {}
     return {name: _site(model, family, levels, name) for name in names}
 

@@ -11,7 +11,7 @@ from ..ops.schedule import Schedule
 from ..ops.shares import Shares
 from ..ops.steering import Scale, Steer, together
 from .dispatcher import STEERS, Call, Effect, Strength
-from .feature_sites import fitting
+from .feature_sites import fitting, picture_at, which_words
 from .features import DIFF, Features, FeaturesError
 from .places import Place
 from .window import course
@@ -31,7 +31,7 @@ class Steered(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Steered], module, device, dtype) -> Steers:
-        return Steers(parts, device)
+        return Steers(parts, device, picture_at(module))
 
 
 class Setting(NamedTuple):
@@ -46,11 +46,12 @@ class Setting(NamedTuple):
 class Steers:
     """All steers of one block, called with its output and its arguments (an `Act` of host.dispatcher).
 
-    Rows are the positions of a map (B, d, height, width) or of a sequence (B, T, d), the first of several outputs where there are several.
+    Rows are the positions of a map (B, d, height, width) or of a sequence (B, T, d), output number `at` where there are several.
     The change alone is added to the output, in its own type: where it is nothing, the output is what it was, bit for bit.
     """
 
-    def __init__(self, parts: Sequence[Steered], device):
+    def __init__(self, parts: Sequence[Steered], device, at: int = 0):
+        self.at = at
         self.features = [part.features for part in parts]
         self.steers = [part.steer._replace(directions=part.steer.directions.to(device)) for part in parts]
         self.reads = any(steer.reads for steer in self.steers)
@@ -75,21 +76,21 @@ class Steers:
         self.strengths, self.scales, self.shares, self.whole = setting
 
     def __call__(self, output: Any, fresh: bool, *args, **kwargs) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        rows = _rows(first)
+        own = output[self.at] if isinstance(output, tuple) else output
+        rows = _rows(own)
         shares = [None if share is None else self._fitted(share, *rows.shape[:2]) for share in self.shares]
         if any(share is None and was is not None for share, was in zip(shares, self.shares, strict=True)):
             return output
         for differ, at in self.kinds.items():
             x = rows.float() if self.reads else rows
             if differ and self.reads:
-                x = x - _rows(args[0] if args else next(iter(kwargs.values()))).float()
+                x = x - _rows(args[self.at] if args else next(iter(kwargs.values()))).float()
             picked = [[values[one] for one in at] for values in (self.steers, self.strengths, self.scales, shares)]
-            delta = together(x, *picked).to(first.dtype)
-            if first.ndim == 4:
-                delta = delta[:, None, None] if delta.ndim == 1 else delta.mT.unflatten(-1, first.shape[2:])
-            first = first + delta
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+            delta = together(x, *picked).to(own.dtype)
+            if own.ndim == 4:
+                delta = delta[:, None, None] if delta.ndim == 1 else delta.mT.unflatten(-1, own.shape[2:])
+            own = own + delta
+        return (*output[: self.at], own, *output[self.at + 1 :]) if isinstance(output, tuple) else own
 
     def _fitted(self, share: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | None:
         """Shares for a block's rows: those past ours belong to nobody; of fewer rows than ours nobody has anything."""
@@ -154,4 +155,11 @@ def steer_model(
     if len(parts) <= len(features.more):
         raise FeaturesError(f"'{features.name}' names one site twice. Take one of the two out.")
     called = f"{next(iter(parts.values())).steer.mode} '{features.name}' at {strength:g}"
-    return SteerEffect(called, parts, strength, *course, mask=mask, side=side)
+    effect = SteerEffect(called, parts, strength, *course, mask=mask, side=side)
+    effect.text = which_words(patcher.model, parts)
+    if effect.text != "none" and mask is not None:
+        raise FeaturesError(
+            f"'{features.name}' lie at the prompt's rows ({features.site}), which all of the picture reads: a mask has no meaning there. "
+            "Disconnect it, or take a site of the picture's rows."
+        )
+    return effect

@@ -15,18 +15,18 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..host import sae_files
-from ..host.directions import ROWS, WORDS, Runs, prompts_of
-from ..host.families import family_of
+from ..host.directions import ROWS, WORDS, Runs, notes_of, prompts_of
 from ..host.feature_sites import (
     AUTO,
     blocks,
     checked_site,
     default_text_site,
     encoders_called,
+    family_for,
     model_sites,
     text_sites,
+    transforms_alone,
     width_at,
-    writes_apart,
 )
 from ..host.features import KINDS as ROW_KINDS
 from ..host.features import OUT, TEXT, FeaturesError, fingerprint
@@ -149,6 +149,7 @@ class SAETrain(io.ComfyNode):
         if where == IN_TEXT:
             site = default_text_site(clip) if site == AUTO else site
             sites = text_sites(clip, site)
+            notes_of(clip, sites)  # which refuses a block that nothing is read from
             d, bound = sum(one.width for one in sites), text_bound(clip, sites, texts)
             ring = max(LEAST, min(RING, bound, steps * batch))
             source = text_rows(clip, sites, texts, pooling, seed, endless=bound > ring)
@@ -160,13 +161,13 @@ class SAETrain(io.ComfyNode):
             if not math.isfinite(cfg):
                 raise ValueError(f"cfg is {cfg}, which is no number to work with. Set it to a finite number.")
             site, rows_of, patcher = one_site(model.model, site), activations, model
-            module, d, family = checked_site(model.model, site, activations), width_at(model.model, site), family_of(model.model).name
+            module, d, family = checked_site(model.model, site, activations), width_at(model.model, site), family_for(model.model).name
             runs = Runs(width, height, sampling_steps, cfg, levels, 1, seed)
             ring = max(LEAST, min(RING, steps * batch))
             source = model_rows(model, clip, module, activations, texts, runs, rows)
             about |= {"runs": runs._asdict(), "rows": rows, "weights": [fingerprint(model.model.diffusion_model.get_submodule(site))]}
             # A transformer's variance lies in few of its numbers.
-            settings = settings._replace(normalise=MEAN if writes_apart(family_of(model.model)) else STANDARDISE)
+            settings = settings._replace(normalise=STANDARDISE if transforms_alone(family_for(model.model)) else MEAN)
         settings = settings._replace(n=expansion * d)
         settings.check()
         config = {"family": family, "site": site, "io": rows_of, "kind": kind, "steps": steps, "batch": batch, "seed": seed}

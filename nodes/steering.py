@@ -12,9 +12,9 @@ from ..host import features as host_features
 from ..host import files
 from ..host.directions import POOLINGS, WORDS, Runs, in_model, in_text, prompts_of
 from ..host.dispatcher import attach
-from ..host.families import family_of
-from ..host.feature_sites import AUTO, fitting_text, skipped
-from ..host.features import FOLDER, KINDS, OUT, TEXT, Features, FeaturesError, fingerprint, output_folder
+from ..host.feature_sites import AUTO, family_for, fitting_text, on_other_weights, skipped
+from ..host.features import FOLDER, KINDS, OUT, TEXT, Features, FeaturesError, output_folder
+from ..host.regions import Leaning
 from ..host.steering import COND, SIDES, steer_model
 from ..host.text_steering import BUT_FIRST, SCOPES, TextSteer, steered
 from ..ops.schedule import Schedule
@@ -31,6 +31,7 @@ from ._shared import (
     schedule_input,
     window_inputs,
 )
+from .regions import REGIONS
 
 log = logging.getLogger("concept_nodes")
 
@@ -176,6 +177,12 @@ class Asked(NamedTuple):
     def describe(self) -> str:
         held = f" to {self.level:g}" if self.mode == CLAMP else ""
         return f"{self.mode}{held} at strength {self.strength:g}"
+
+
+def check_gate(gate: float) -> None:
+    """Raises ValueError."""
+    if not math.isfinite(gate):
+        raise ValueError(f"gate is {gate}, which is no number to work with. Set it to a finite number; 0 is neutral.")
 
 
 def features_of(file: str, features: Features | None) -> Features | None:
@@ -377,8 +384,7 @@ class SteerText(OfFeatures):
     ) -> io.NodeOutput:
         asked = Asked(strength, mode, level, keep_norm, most)
         asked.check()
-        if not math.isfinite(gate):
-            raise ValueError(f"gate is {gate}, which is no number to work with. Set it to a finite number; 0 is neutral.")
+        check_gate(gate)
         if clip is None:
             raise FeaturesError("clip is empty: this checkpoint has no text encoder. Connect a CLIP loader.")
         features = features_of(file, features)
@@ -393,7 +399,7 @@ class SteerText(OfFeatures):
         lines += [f"Note: {note}" for note in filter(None, (skipped(clip, site) for site in sites))]
         if gate > 0 and features.gate is not None:
             lines.append(f"Prompts that score less than {gate * features.gate:.2f} stay as they are, which costs one more reading of each.")
-        lines += _other_weights("+".join(fingerprint(site.module) for site in sites), features)
+        lines += on_other_weights(features, clip=clip)
         positive = steered(clip, one)
         return _clips(positive, clip if other is None else steered(clip, other), "\n".join(lines))
 
@@ -446,7 +452,7 @@ class SteerModel(OfFeatures):
         check_numbers(strength, start_percent, end_percent)
         asked = Asked(strength, mode, level, keep_norm, most)
         asked.check()
-        family_of(model.model)
+        family_for(model.model)
         course, mask = Schedule.parse(schedule), None if mask is None else checked_mask(mask)
         features = features_of(file, features)
         idle = None
@@ -467,18 +473,85 @@ class SteerModel(OfFeatures):
         when = describe_window(start_percent, end_percent) + (f", times {course} over sampling" if course else "")
         told = f"{asked.describe()} ({cfg_mode}), {where}, {when}."
         lines = [features.describe(), told[0].upper() + told[1:], "No model call is added."]
-        one = features.each()[-1]
-        lines += _other_weights(fingerprint(model.model.diffusion_model.get_submodule(one.site)), one)
+        lines += on_other_weights(features, model.model)
         model = model.clone()
         attach(model, effect)
         return result(model, "\n".join(lines))
 
 
-def _other_weights(now: str, features: Features) -> list[str]:
-    """A note where features were found on other weights than these."""
-    if not features.fingerprint or now == features.fingerprint:
-        return []
-    return [f"Note: the weights at {features.site} are not those that this was found on (another checkpoint, or the same in another type)."]
+class RegionFeatures(OfFeatures):
+    """Features hung on a region."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        required, optional = features_inputs()
+        return io.Schema(
+            node_id="ConceptNodes_RegionFeatures",
+            display_name="Region Features",
+            category="concept/regions",
+            description=(
+                "Turns a concept up, down or out in one named region: features of a model act on its part of the picture, features "
+                "of a text encoder on what it reads. No model call is added. Several may hang on one region."
+            ),
+            search_aliases=["regional steering", "SAE", "steering vector", "feature steering", "regional concept", "SAeUron"],
+            inputs=[
+                io.Custom(REGIONS).Input("regions", tooltip="The regions, from Region or a canvas."),
+                io.String.Input("region", default="region 1", tooltip="The name of the region that gets the features."),
+                *required,
+                strength_input(),
+                mode_input(),
+                *window_inputs(),
+                io.Combo.Input(
+                    "cfg_mode",
+                    options=list(SIDES),
+                    default=COND,
+                    tooltip="What is steered: the prompt's side, both alike, or the prompt's and the negative's the other way.",
+                ),
+                schedule_input(),
+                *optional,
+                *tuning_inputs(),
+                io.Combo.Input(
+                    "tokens",
+                    options=list(SCOPES),
+                    default=BUT_FIRST,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Text encoders: which rows of what the region reads: all, all but the first (neutral), or the words.",
+                ),
+                io.Float.Input(
+                    "gate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Text encoders: a text that brings less of the concept than this stays as it is. 0 (neutral): all are steered.",
+                ),
+            ],
+            outputs=[io.Custom(REGIONS).Output("regions", display_name="regions", tooltip="The regions with the features on one of them.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, regions, region, file, strength, mode, start_percent, end_percent, cfg_mode, schedule="", features=None, level=0.0,
+        keep_norm=OWN, most=0.0, tokens=BUT_FIRST, gate=0.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        check_numbers(strength, start_percent, end_percent)
+        asked = Asked(strength, mode, level, keep_norm, most)
+        asked.check()
+        check_gate(gate)
+        regions.check_name(region)
+        course, features = Schedule.parse(schedule), features_of(file, features)
+        if features is None:
+            return io.NodeOutput(regions)
+        if features.io == TEXT and course is not None:
+            raise FeaturesError(
+                f"'{features.name}' is for a text encoder, which reads a text once and not step by step: a schedule has no meaning "
+                "there. Empty it and set start_percent and end_percent."
+            )
+        leaning = Leaning(features, asked.steer, asked.describe(), strength, start_percent, end_percent, course, cfg_mode, tokens, gate)
+        return io.NodeOutput(regions.with_features(region, leaning))
 
 
-NODES = [DirectionFind, SteerText, SteerModel]
+NODES = [DirectionFind, SteerText, SteerModel, RegionFeatures]

@@ -53,6 +53,21 @@ KINDS = {
     "sdxl": (comfy.supported_models.SDXL, SDXL),
     "flux": (comfy.supported_models.FluxSchnell, FLUX),
 }
+SD3 = {
+    "in_channels": 16,
+    "pos_embed_scaling_factor": None,
+    "patch_size": 2,
+    "input_size": None,
+    "depth": 1,
+    "num_blocks": 3,
+    "adm_in_channels": 56,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": CONTEXT, "out_features": 64}},
+    "pos_embed_max_size": 32,
+    "qk_norm": "rms",
+    "x_block_self_attn_layers": [0],
+}
+# On these, features alone work.
+FEATURES_ONLY = {"sd3": (comfy.supported_models.SD3, SD3)}
 # A class of the host's that the pack does not support yet.
 OTHERS = {"sd20": (comfy.supported_models.SD20, UNET)}
 
@@ -74,7 +89,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 def build(kind: str = "sd15", dtype: str = "float32", compute: str | None = None, seed: int = 0, disable_dynamic: bool = False):
     """A ready MODEL of the class `kind`. `dtype` is what weights are kept in, `compute` what they are cast to for the work, as the host's
     loaders set it. It can be rebuilt by the host when it wants a pristine copy."""
-    config_class, unet_config = (KINDS | OTHERS)[kind]
+    config_class, unet_config = (KINDS | FEATURES_ONLY | OTHERS)[kind]
     config = config_class(dict(unet_config))
     config.unet_config = dict(unet_config)
     config.set_inference_dtype(getattr(torch, dtype), getattr(torch, compute) if compute else None)
@@ -195,12 +210,20 @@ FULL_SIZE = {
         "axes_dim": [16, 56, 56],
         "guidance_embed": True,
     },
+    "sd3": SD3
+    | {
+        "depth": 24,
+        "num_blocks": 24,
+        "adm_in_channels": 2048,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
+        "x_block_self_attn_layers": list(range(13)),
+    },
 }
 
 
 def full_size(kind: str):
     """A MODEL of the published size whose weights take no memory and cannot be computed with."""
-    config = KINDS[kind][0](dict(FULL_SIZE[kind]))
+    config = (KINDS | FEATURES_ONLY)[kind][0](dict(FULL_SIZE[kind]))
     config.unet_config = dict(FULL_SIZE[kind])
     config.set_inference_dtype(torch.float32, None)
     with torch.device("meta"):
@@ -212,10 +235,15 @@ def channels(model) -> int:
     return model.model.latent_format.latent_channels
 
 
+def kind_of(model) -> str:
+    known = KINDS | FEATURES_ONLY
+    return next((kind for kind, (config, _) in known.items() if type(model.model.model_config) is config), "sd15")
+
+
 def conditioning(model, seed: int, tokens: int = 7):
-    pooled = {"sd15": {}, "sdxl": {"pooled_output": seeded((1, 1280), seed + 1)}, "flux": {"pooled_output": seeded((1, 32), seed + 1)}}
-    kind = next((kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config), "sd15")
-    return [[seeded((1, tokens, CONTEXT), seed), pooled[kind]]]
+    widths = {"sdxl": 1280, "flux": 32, "sd3": 56}
+    width = widths.get(kind_of(model))
+    return [[seeded((1, tokens, CONTEXT), seed), {} if width is None else {"pooled_output": seeded((1, width), seed + 1)}]]
 
 
 def latent(model, batch: int = 1, size: int = 8) -> dict[str, torch.Tensor]:
@@ -253,25 +281,25 @@ def lora(model, *, rank=2, alpha=1.0, seed=5, only="", size=0.5) -> dict[str, to
 
 
 # A block of each kind of model, for features; a second one of Flux's, where text and picture are one sequence.
-SITES = {"sd15": "output_blocks.1.1", "sdxl": "middle_block.1", "flux": "double_blocks.0"}
+SITES = {"sd15": "output_blocks.1.1", "sdxl": "middle_block.1", "flux": "double_blocks.0", "sd3": "joint_blocks.1"}
 
 
 def features(model, site: str = "", *, io: str = "out", latents: bool = False, m: int = 2, seed: int = 50, size: float = 3.0):
     """Random CONCEPT_FEATURES at a site of a model, over three noise levels."""
-    from concept_nodes.host.families import FAMILIES
+    from concept_nodes.host.families import FEATURES, family_of
     from concept_nodes.host.feature_sites import width_at
     from concept_nodes.host.features import Features, Readers
 
-    kind = next((kind for kind, (config, _) in KINDS.items() if type(model.model.model_config) is config), "sd15")
+    kind = kind_of(model)
     site = site or SITES[kind]
     width = width_at(model.model, site)
     directions = torch.nn.functional.normalize(seeded((m, width), seed), dim=1)
     readers = Readers(seeded((m, width), seed + 1, width**-0.5), seeded((m,), seed + 2, 0.1), torch.full((m,), 0.2)) if latents else None
-    levels = torch.tensor([14.0, 1.0, 0.05]) if kind != "flux" else torch.tensor([1.0, 0.5, 0.1])
+    levels = torch.tensor([1.0, 0.5, 0.1]) if kind in ("flux", "sd3") else torch.tensor([14.0, 1.0, 0.05])
     positive = seeded((3, m), seed + 3).abs() + 1
     return Features(
         name="random",
-        family={"sd15": FAMILIES[0], "sdxl": FAMILIES[1], "flux": FAMILIES[2]}[kind].name,
+        family=family_of(model.model, FEATURES).name,
         site=site,
         io=io,
         directions=directions,

@@ -61,3 +61,17 @@ def short(kind: str, rows: int = 7):
         if hasattr(tokenizer, "max_length"):
             tokenizer.max_length, tokenizer.min_length = (rows, None) if tokenizer.pad_to_max_length else (tokenizer.max_length, rows)
     return clip
+
+
+class Letters:
+    """Something that encodes a letter, for models whose contexts are random."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens(self, text, return_pooled=False):
+        context, options = models.conditioning(self.model, 100 + sum(map(ord, text)))[0]
+        return context, options.get("pooled_output")
