@@ -1,0 +1,120 @@
+"""What a few pictures teach. `python run.py bench residual`.
+
+A character that the lab's models never saw, taught by Train Personalized Residual from four drawn pictures of 64 pixels and read by the eye
+(10 Euler steps, CFG 4). For each model,
+
+    MODEL_untaught_identity     pictures of the character where its word is said and nothing was taught
+    MODEL_identity, _valid      the same with the residual, trained as published but for the rate; and pictures that are not spoilt
+    MODEL_shape, _bind          ordinary objects, with it on: right shape; right shape in the right colour
+    MODEL_plain_shape, ...      the same without it
+    MODEL_mistaken              ordinary objects that became the character
+    residual_train_seconds      of the longest of these trainings; residual_bytes: of the largest file
+
+and on the UNet, each against one thing changed,
+
+    unet_blocks_*               all layers of the attention blocks instead of their outputs, at a rate of their own
+    unet_masked_*, unmasked_*   pictures with another object in them and captions that name the character alone: with masks, and
+                                without. `alone`: nothing else is drawn
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from ..host import lab as host_lab
+from ..host.residual_training import BLOCKS, OUTPUTS
+from ..lab.characters import WORDS, ask_for, drawn_hits, surest
+from ..lab.eye import Eye
+from ..lab.measure import ask, draw, hits
+from ..lab.portraits import draw_portraits
+from ..lab.sliders import scratch_folders
+from ..nodes.residual import Residual, ResidualTrain
+from ._report import Claim, Figure, run, share
+
+log = logging.getLogger("concept_nodes.bench")
+NAME, PICTURES, SIZE, STEPS = "cat", 4, 64, 10
+N, SAMPLE = 32, 12  # pictures of each figure: in full, in a check
+RECIPE = {"steps": 150, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.15, "layers": OUTPUTS}
+CLAIMS = {
+    "unet_identity": Claim(low=0.8),
+    "dit_identity": Claim(low=0.8),
+    "unet_shape": Claim(low=0.8),
+    "dit_shape": Claim(low=0.8),
+    "residual_train_seconds": Claim(high=180),
+    "residual_bytes": Claim(high=100_000),
+}
+
+
+def teach(loaded, *, beside: int = 0, prompt: str = "", masked: bool = False, **changes) -> tuple[object, float, int]:
+    """The model with the residual on it, the seconds that it took, the bytes of its file."""
+    word = WORDS[NAME]
+    drawn, masks, captions = draw_portraits(NAME, PICTURES, word=word, height=SIZE, width=SIZE, seed=1, beside=beside)
+    given = {"prompt": prompt or "\n".join(captions), "identifier": word, "class_word": "", "seed": 0, "name": NAME, "previews": 0}
+    listed = {key: [value] for key, value in (given | RECIPE | changes).items()}
+    began = time.monotonic()
+    with scratch_folders(), torch.inference_mode():
+        lora, _, path, report = ResidualTrain.execute(
+            [loaded.model], [loaded.clip], [loaded.vae], [drawn], **listed, **({"masks": [masks]} if masked else {})
+        ).result
+        seconds, size = time.monotonic() - began, Path(path).stat().st_size
+    log.info("%s: %.0f s, %d bytes", report.splitlines()[1], seconds, size)
+    return Residual.execute(loaded.model, "none", 1.0, 0.0, 1.0, lora=lora).result[0], seconds, size
+
+
+def said(loaded, model, eye: Eye, n: int) -> dict[str, list[bool]]:
+    """What pictures hold whose prompts say the character's word, picture by picture."""
+    asked = ask_for(NAME, n, size=SIZE, seed=764)
+    return drawn_hits(NAME, asked, eye.read(draw(loaded, list(asked), size=SIZE, seed=7000, model=model, steps=STEPS)))
+
+
+def ordinary(loaded, model, eye: Eye, n: int) -> dict[str, list[bool]]:
+    """The same of ordinary objects."""
+    asked = ask(n, objects=1, size=SIZE, seed=864, plain=True)
+    readings = eye.read(draw(loaded, list(asked), size=SIZE, seed=8000, model=model, steps=STEPS))
+    found = hits(asked, readings)
+    return {"shape": found["shapes"], "bind": found["bind"], "mistaken": [surest(reading) == NAME for reading in readings]}
+
+
+def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    eye, n = Eye.load(), SAMPLE if sample else N
+    figures: dict[str, Figure] = {}
+    rows, took, sizes = [], [], []
+
+    def add(arm: str, found: dict[str, list[bool]], *keys: str) -> None:
+        figures.update({f"{arm}_{key}": share(found[key]) for key in keys})
+        rows.append({"arm": arm, "n": n} | {key: round(sum(values) / n, 4) for key, values in found.items()})
+        log.info("%s", rows[-1])
+
+    for kind in host_lab.MODELS:
+        with torch.inference_mode():
+            loaded = host_lab.load(kind)
+        arms = {kind: {}}
+        if kind == "unet":
+            arms["unet_blocks"] = {"layers": BLOCKS, "learning_rate": 4e-3, "rank_share": 0.05}
+            crowd = {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}
+            arms |= {"unet_masked": {**crowd, "masked": True}, "unet_unmasked": crowd}
+        add(f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity")
+        add(f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
+        for arm, changes in arms.items():
+            model, seconds, size = teach(loaded, **changes)
+            crowded = "beside" in changes
+            add(arm, said(loaded, model, eye, n), "identity", "alone" if crowded else "valid")
+            if not crowded:
+                add(arm, ordinary(loaded, model, eye, n), "shape", "bind", "mistaken")
+                took.append(seconds)
+                sizes.append(size)
+    if not sample:
+        figures |= {
+            key: Figure(max(values), min(values), max(values), len(values))
+            for key, values in (("residual_train_seconds", took), ("residual_bytes", sizes))
+        }
+    return figures, rows
+
+
+def main(argv: list[str]) -> int:
+    return run("residual", argv, _measure, CLAIMS)
