@@ -98,7 +98,7 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
             arms["unet_blocks"] = {"layers": BLOCKS, "learning_rate": 4e-3, "rank_share": 0.05}
             crowd = {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}
             arms |= {"unet_masked": {**crowd, "masked": True}, "unet_unmasked": crowd}
-        add(f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity")
+        add(f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity", "valid")
         add(f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
         for arm, changes in arms.items():
             model, seconds, size = teach(loaded, **changes)
@@ -114,6 +114,38 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
             for key, values in (("residual_train_seconds", took), ("residual_bytes", sizes))
         }
     return figures, rows
+
+
+ROWS = {
+    "unet": "UNet, as published",
+    "unet_blocks": "UNet, all layers of the blocks",
+    "dit": "DiT, as published",
+    "unet_masked": "UNet, something else in each picture, masks",
+    "unet_unmasked": "the same without masks",
+    "unet_untaught": "UNet, untaught",
+    "dit_untaught": "DiT, untaught",
+    "unet_plain": "UNet without a residual",
+    "dit_plain": "DiT without a residual",
+}
+COLUMNS = {
+    "identity": "is the character",
+    "alone": "and nothing else",
+    "valid": "not spoilt",
+    "shape": "ordinary: shape",
+    "bind": "and colour",
+    "mistaken": "became it",
+}
+
+
+def table(figures: dict[str, Figure]) -> str:
+    """The figures as lines of Markdown, an arm in each."""
+
+    def cell(figure: Figure | None) -> str:
+        return "" if figure is None else f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [f"| {told} | {' | '.join(cell(figures.get(f'{arm}_{key}')) for key in COLUMNS)} |" for arm, told in ROWS.items()]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:

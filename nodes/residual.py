@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 from comfy_api.latest import io
 
-from ..host import adapters, files, words
+from ..host import adapters, files
+from ..host.dispatcher import attach
 from ..host.families import ALL, family_of
+from ..host.filter import OFF
+from ..host.lag import CUTS, MEDIAN, OTSU, LocalEffect
+from ..host.maps import bind
 from ..host.residual_training import LAYERS, OUTPUTS, Lesson, ResidualObjective, layers_of, rank_of
 from ..host.slider_training import Text
 from ..host.training import Objective, Trainee, TrainingError
+from ..host.words import Words, find, length_of
 from ..ops.masks import pool
 from ._shared import (
     CONNECTED,
@@ -33,6 +38,7 @@ from ._shared import (
 from .slider_training import Settings, Watched, check_vae, checked_stem, encoder, file_inputs, step_inputs, trained, training_outputs
 
 LIMIT = 2.0
+CUT_TOLD = {MEDIAN: "median, which is half of all positions", OTSU: "value by Otsu"}
 
 
 class ResidualTrain(io.ComfyNode):
@@ -127,7 +133,7 @@ class ResidualTrain(io.ComfyNode):
         check_vae(model, vae)
         down = model.model.latent_format.spacial_downscale_ratio
         given = subjects(images, masks, down)
-        lines = captions(prompt, len(given), identifier, class_word, lambda text, word: words.find(clip, family, text, word))
+        lines = captions(prompt, len(given), identifier, class_word, lambda text, word: find(clip, family, text, word))
         texts = [tuple(encode(line) for line in each) for each in lines]
         if len({text.context.shape for text in encode.read.values()}) > 1:
             raise TrainingError("The prompt's lines take windows of unlike lengths. Make the longest ones shorter.")
@@ -236,20 +242,76 @@ class Residual(OfFile):
                 schedule_input(),
                 layers_input(),
                 mask_input(),
+                io.Combo.Input(
+                    "localize",
+                    options=[OFF, *CUTS],
+                    default=OFF,
+                    optional=True,
+                    tooltip=(
+                        "UNets: acts only where each block attends to the words, found in the same call. 'median': on the half of the "
+                        "positions that attend most, as published; 'otsu': by the map's own histogram. Needs clip and prompt. Neutral: off."
+                    ),
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="For localize: it tells which tokens are whose. Neutral: not connected."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="For localize: the text of the positive prompt, with the words in it. Neutral: empty.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    optional=True,
+                    tooltip="For localize: phrases to find it by, one a line. Neutral: empty, the file's own identifier and class word.",
+                ),
             ],
             outputs=model_outputs("The model with the residual on it."),
             has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, model, file, strength, start_percent, end_percent, lora=None, schedule="", layers=ALL, mask=None) -> io.NodeOutput:
+    def execute(
+        cls, model, file, strength, start_percent, end_percent, lora=None, schedule="", layers=ALL, mask=None, localize=OFF, clip=None,
+        prompt="", words="",
+    ) -> io.NodeOutput:  # fmt: skip
         check_one_source("file", file, lora)
         hanging = Hanging(strength, start_percent, end_percent, schedule, layers, mask=mask)
-        put, lines = hanging.put(model, "Residual", "file", file, lora)
         told = getattr(lora, "about", {}) if file == NONE else adapters.about(files.resolve("loras", file))
+        found, notes = [], []
+
+        def localized(name, parts, *how) -> LocalEffect:
+            bound, notes[:] = sought(clip, family_of(model.model), prompt, words, told)
+            found.append(LocalEffect(name, model.model, parts, bound, localize, *how))
+            return found[0]
+
+        put, lines = hanging.put(model, "Residual", "file", file, lora, make=adapters.AdapterEffect if localize == OFF else localized)
         if put is not model:
             lines.insert(1, said(told, CONNECTED if file == NONE else file))
+        for effect in found:
+            attach(put, effect.reader)
+            lines.append(f"It acts where each block attends to {'; '.join(notes)}, cut at the {CUT_TOLD[localize]}.")
         return result(put, "\n".join(lines))
+
+
+def sought(clip, family, prompt: str, phrases: str, told: dict) -> tuple[Words, list[str]]:
+    """The rows of what localizes, and what to tell of each phrase: those of `phrases`, or else a file's own words, of which the class word
+    may be missing from the prompt. Raises ValueError and MapsError.
+    """
+    own = [told[key] for key in ("identifier", "class_word") if key in told]
+    listed = [line.strip() for line in phrases.splitlines() if line.strip()] or own
+    if clip is None or not prompt.strip():
+        raise ValueError("localize needs the prompt and its text encoder. Connect clip and prompt, or set localize to 'off'.")
+    if not listed:
+        raise ValueError("localize does not know what to look for: the file names no words. Write some into words, as the prompt has them.")
+    bound = [
+        bind(clip, family, prompt, [phrase])[0]
+        for phrase in listed
+        if phrase != told.get("class_word") or listed is not own or find(clip, family, prompt, phrase)
+    ]
+    rows = tuple(sorted({row for one in bound for row in one.rows}))
+    return Words(rows, length_of(clip, family, prompt)), [one.told for one in bound]
 
 
 def said(told: dict, label: str) -> str:
