@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from ..host import lab as host_lab
-from ..host.lag import MEDIAN, OTSU
+from ..host.localize import MEDIAN, OTSU
 from ..host.residual_training import BLOCKS, OUTPUTS
 from ..lab.characters import WORDS, ask_for, drawn_hits, surest
 from ..lab.eye import Eye

@@ -72,7 +72,7 @@ class LowRank(NamedTuple):
     @classmethod
     def join(cls, parts, module, device, dtype) -> Stack:
         """One stacked pass for the adapters of all effects on the layer."""
-        return Stack([part.factors for part in parts], device, dtype, convolution_of(module))
+        return Stack([part.factors for part in parts], device, dtype, _convolution(module))
 
 
 class AdapterEffect(Effect):
@@ -341,7 +341,7 @@ def _weight_shape(module) -> tuple[int, ...] | None:
     return None
 
 
-def convolution_of(module) -> dict | None:
+def _convolution(module) -> dict | None:
     if not isinstance(module, _ConvNd):
         return None
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}

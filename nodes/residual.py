@@ -9,14 +9,15 @@ from comfy_api.latest import io
 
 from ..host import adapters, files
 from ..host.dispatcher import attach
-from ..host.families import ALL, family_of
+from ..host.families import ALL, Family, family_of
 from ..host.filter import OFF
-from ..host.lag import CUTS, MEDIAN, OTSU, LocalEffect
-from ..host.maps import bind
+from ..host.lag import CUTS, localized, place
+from ..host.localize import MEDIAN, OTSU
+from ..host.maps import Bound, bind
 from ..host.residual_training import LAYERS, OUTPUTS, Lesson, ResidualObjective, layers_of, rank_of
 from ..host.slider_training import Text
 from ..host.training import Objective, Trainee, TrainingError
-from ..host.words import Words, find, length_of
+from ..host.words import find, length_of
 from ..ops.masks import pool
 from ._shared import (
     CONNECTED,
@@ -25,6 +26,7 @@ from ._shared import (
     Hanging,
     OfFile,
     check_one_source,
+    checked_mask,
     file_input,
     layers_input,
     mask_input,
@@ -38,7 +40,7 @@ from ._shared import (
 from .slider_training import Settings, Watched, check_vae, checked_stem, encoder, file_inputs, step_inputs, trained, training_outputs
 
 LIMIT = 2.0
-CUT_TOLD = {MEDIAN: "median, which is half of all positions", OTSU: "value by Otsu"}
+CUT_TOLD = {MEDIAN: "the half of all positions that attend most", OTSU: "what lies above Otsu's cut of the map"}
 
 
 class ResidualTrain(io.ComfyNode):
@@ -223,8 +225,8 @@ class Residual(OfFile):
             display_name="Personalized Residual",
             category="concept/attention",
             description=(
-                "Puts a subject that Train Personalized Residual taught on a model, in a window of the steps, everywhere or where a mask "
-                "is. Weights are not changed and no model call is added. Any other LoRA works, too; the report says what the file is."
+                "Puts a subject that Train Personalized Residual taught on a model, in a window of the steps, everywhere, where a mask "
+                "is, or where the model attends to its words. Weights are not changed and no model call is added. Any other LoRA works, too; the report says what the file is."
             ),
             search_aliases=["personalized residuals", "DreamBooth", "subject", "LoRA", "identity", "LAG", "localized"],
             inputs=[
@@ -248,8 +250,9 @@ class Residual(OfFile):
                     default=OFF,
                     optional=True,
                     tooltip=(
-                        "UNets: acts only where each block attends to the words, found in the same call. 'median': on the half of the "
-                        "positions that attend most, as published; 'otsu': by the map's own histogram. Needs clip and prompt. Neutral: off."
+                        "Acts only where the model attends to the words: in UNets each block where it does so itself, in the same call. "
+                        "'median': the half of the picture that attends most, as published; 'otsu': by the map's histogram. Needs clip "
+                        "and prompt. Neutral: off."
                     ),
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="For localize: it tells which tokens are whose. Neutral: not connected."),
@@ -264,7 +267,7 @@ class Residual(OfFile):
                     "words",
                     default="",
                     optional=True,
-                    tooltip="For localize: phrases to find it by, one a line. Neutral: empty, the file's own identifier and class word.",
+                    tooltip="For localize: the phrase to find it by. Neutral: empty, the file's own identifier and class word.",
                 ),
             ],
             outputs=model_outputs("The model with the residual on it."),
@@ -279,39 +282,37 @@ class Residual(OfFile):
         check_one_source("file", file, lora)
         hanging = Hanging(strength, start_percent, end_percent, schedule, layers, mask=mask)
         told = getattr(lora, "about", {}) if file == NONE else adapters.about(files.resolve("loras", file))
-        found, notes = [], []
+        effects: list = []
 
-        def localized(name, parts, *how) -> LocalEffect:
-            bound, notes[:] = sought(clip, family_of(model.model), prompt, words, told)
-            found.append(LocalEffect(name, model.model, parts, bound, localize, *how))
-            return found[0]
+        def made(*how) -> adapters.AdapterEffect:
+            effects.append(adapters.AdapterEffect(*how))
+            return effects[0]
 
-        put, lines = hanging.put(model, "Residual", "file", file, lora, make=adapters.AdapterEffect if localize == OFF else localized)
+        bound, length = (None, 0) if localize == OFF else sought(clip, family_of(model.model), prompt, words, told)
+        put, lines = hanging.put(model, "Residual", "file", file, lora, make=made)
         if put is not model:
             lines.insert(1, said(told, CONNECTED if file == NONE else file))
-        for effect in found:
-            attach(put, effect.reader)
-            lines.append(f"It acts where each block attends to {'; '.join(notes)}, cut at the {CUT_TOLD[localize]}.")
+        for effect in effects if bound else ():
+            finder = localized(model.model, effect.parts, bound, length, localize, None if mask is None else checked_mask(mask))
+            effect.place = place(finder)
+            effect.text = "own" if any(name.endswith((".to_k", ".to_v")) for name in effect.parts) else "none"
+            attach(put, finder)
+            own = "its own block attends" if finder.behind else "the model attended, in the steps before,"
+            lines.append(f"Each layer acts where {own} to {bound.told}: {CUT_TOLD[localize]}.")
         return result(put, "\n".join(lines))
 
 
-def sought(clip, family, prompt: str, phrases: str, told: dict) -> tuple[Words, list[str]]:
-    """The rows of what localizes, and what to tell of each phrase: those of `phrases`, or else a file's own words, of which the class word
-    may be missing from the prompt. Raises ValueError and MapsError.
+def sought(clip, family: Family, prompt: str, phrase: str, told: dict) -> tuple[Bound, int]:
+    """What localizes, and how many rows the prompt has: a phrase, or else a file's own words, as far as they stand in the prompt. Raises
+    ValueError and MapsError.
     """
-    own = [told[key] for key in ("identifier", "class_word") if key in told]
-    listed = [line.strip() for line in phrases.splitlines() if line.strip()] or own
     if clip is None or not prompt.strip():
         raise ValueError("localize needs the prompt and its text encoder. Connect clip and prompt, or set localize to 'off'.")
-    if not listed:
+    both = " ".join(told[key] for key in ("identifier", "class_word") if key in told)
+    phrase = phrase.strip() or (both if find(clip, family, prompt, both) else told.get("identifier", ""))
+    if not phrase:
         raise ValueError("localize does not know what to look for: the file names no words. Write some into words, as the prompt has them.")
-    bound = [
-        bind(clip, family, prompt, [phrase])[0]
-        for phrase in listed
-        if phrase != told.get("class_word") or listed is not own or find(clip, family, prompt, phrase)
-    ]
-    rows = tuple(sorted({row for one in bound for row in one.rows}))
-    return Words(rows, length_of(clip, family, prompt)), [one.told for one in bound]
+    return bind(clip, family, prompt, [phrase])[0], length_of(clip, family, prompt)
 
 
 def said(told: dict, label: str) -> str:

@@ -13,15 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from concept_nodes.host import adapters, lab, lag
+from concept_nodes.host import adapters, lab, lag, localize
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.families import family_of
-from concept_nodes.host.places import Place
+from concept_nodes.host.maps import Bound
 from concept_nodes.host.residual_training import BLOCKS, LEAST, OUTPUTS, Lesson, ResidualObjective, rank_of
-from concept_nodes.host.run_record import find
 from concept_nodes.host.slider_training import Text
 from concept_nodes.host.training import Loop, Trainee, TrainingError, _Counted, published_names, sizes
-from concept_nodes.host.words import Words
 from concept_nodes.lab import sliders
 from concept_nodes.lab.portraits import draw_portraits
 from concept_nodes.nodes import NODES
@@ -498,15 +496,14 @@ def one_layer(model, name="diffusion_model.middle_block.1.proj_out", size=2.0):
     return models.lora(model, only=name, size=size)
 
 
-def put_local(model, lora, cut, rows=(2, 3), mask=None, length=7, strength=0.8):
+def put_local(model, lora, cut, rows=(3,), mask=None, length=7, strength=0.8):
     """The model with a residual that acts where its blocks attend to some rows of the context."""
-    parts = adapters.place(model, lora, "random").parts
-    effect = lag.LocalEffect("random", model.model, parts, Words(rows, length), cut, strength)
-    if mask is not None:
-        effect.place = Place(mask)
+    effect = adapters.AdapterEffect("random", adapters.place(model, lora, "random").parts, strength)
+    finder = lag.localized(model.model, effect.parts, Bound("it", rows, ""), length, cut, mask)
+    effect.place, effect.text = lag.place(finder), "none"
     model = model.clone()
     attach(model, effect)
-    attach(model, effect.reader)
+    attach(model, finder)
     return model
 
 
@@ -541,7 +538,7 @@ class TestLocalized:
         assert len(x) == 4  # two pictures, prompt and negative
         heads = model.model.get_submodule(self.ATTENTION).heads
         q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k))
-        shares = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)[..., [2, 3]].sum(-1)
+        shares = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)[..., 3]
         positive = self.positive(model, seen[names[2]][0][0])
         shares = shares[positive]
         masks = shares > shares.median(-1, keepdim=True).values if cut == "median" else over_otsu(shares[:, None])[:, 0]
@@ -562,19 +559,13 @@ class TestLocalized:
         wanted = models.conditioning(model, 10)[0][0]
         return [row for row, one in enumerate(context) if torch.allclose(one, wanted[0])]
 
-    def test_a_map_without_a_peak_turns_nothing_on(self, monkeypatch):
-        """All words are all of the attention, everywhere the same: the picture is the plain model's."""
-        model = models.build()
-        monkeypatch.setattr(lag.WordTap, "map", lambda tap: torch.ones(1, 16))
-        for cut in lag.CUTS:
-            torch.testing.assert_close(models.sample(put_local(model, one_layer(model), cut)), models.sample(model), rtol=0, atol=0)
-
-    def test_where_all_is_on_it_is_the_residual(self, monkeypatch):
+    def test_where_all_is_on_it_is_the_residual_and_where_nothing_is_the_model(self, monkeypatch):
         model = models.build()
         lora = models.lora(model, only="proj_out")
-        monkeypatch.setitem(lag.CUTS, "median", torch.ones_like)
-        everywhere = Residual.execute(model, "none", 0.8, 0.0, 1.0, lora=lora).result[0]
-        torch.testing.assert_close(models.sample(put_local(model, lora, "median")), models.sample(everywhere), **CLOSE)
+        everywhere = models.sample(Residual.execute(model, "none", 0.8, 0.0, 1.0, lora=lora).result[0])
+        for value, expected in ((1.0, everywhere), (0.0, models.sample(model))):
+            monkeypatch.setattr(localize, "cut", lambda maps, sought, h, w, value=value: maps.new_full((1, len(maps), h, w), value))
+            torch.testing.assert_close(models.sample(put_local(model, lora, "median")), expected, **CLOSE)
 
     def test_a_mask_takes_its_share(self):
         model = models.build()
@@ -585,40 +576,34 @@ class TestLocalized:
         assert torch.equal(none, models.sample(model))
         assert not torch.equal(masked, free) and not torch.equal(masked, none)
 
-    def test_what_could_not_be_read_is_told(self):
-        """Where another extension computes the attention from its own keys there is no mask: no residual, and the run's report says so."""
-        model = models.build()
-        acting = put_local(model, one_layer(model), "median")
-        attention = model.model.get_submodule(self.ATTENTION)
-        attention.forward = lambda x, *_, **__: torch.zeros_like(x)
-        try:
-            found, plain = models.sample(acting), models.sample(model)
-        finally:
-            del attention.forward
-        assert torch.equal(found, plain)
-        assert "a localized residual did not act" in " ".join(find(found).notes)
-
-    @pytest.mark.parametrize(
-        ("kind", "only", "told"),
-        [("flux", "img_attn.proj", "reads a UNet's cross-attention, which Flux.1 has not"), ("sd15", "", "on .* other layers, such as")],
-    )
-    def test_what_cannot_be_localized_is_refused(self, kind, only, told):
+    @pytest.mark.parametrize(("kind", "only"), [("flux", ""), ("sd15", ""), ("sdxl", "proj_out")])
+    def test_on_any_layers_of_any_family(self, kind, only):
+        """Layers that are behind no attention to the words follow the steps before: where nothing is known yet, the model's own."""
         model = models.build(kind)
-        with pytest.raises(adapters.AdapterError, match=told):
-            put_local(model, models.lora(model, only=only), "median")
+        lora = models.lora(model, only=only)
+        plain, everywhere, here = (
+            models.sample(one)
+            for one in (
+                model,
+                Residual.execute(model, "none", 0.8, 0.0, 1.0, lora=lora).result[0],
+                put_local(model, lora, "median"),
+            )
+        )
+        assert not torch.equal(here, plain) and not torch.equal(here, everywhere)
 
     def test_the_node_finds_the_words(self, places):
         given = loaded("unet")
         lora = adapters.Told(models.lora(given.model, only="proj_out"), {"identifier": "ohwx", "class_word": "cat"})
 
-        def put(prompt, **changes):
+        def put(prompt, strength=1.0, **changes):
             asked = {"lora": lora, "localize": "median", "clip": given.clip, "prompt": prompt} | changes
-            return Residual.execute(given.model, "none", 1.0, 0.0, 1.0, **asked).result
+            return Residual.execute(given.model, "none", strength, 0.0, 1.0, **asked).result
 
         report = put("a large ohwx on grey")[1]
-        assert "attends to 'ohwx': token" in report and "'cat'" not in report.splitlines()[-1]
-        assert "'cat': token" in put("a large ohwx cat on grey")[1]
+        assert "where its own block attends to 'ohwx': token" in report
+        assert "'ohwx cat': tokens" in put("a large ohwx cat on grey")[1]
         assert "'large': token" in put("a large thing", words="large")[1]
+        assert put("a large ohwx", strength=0.0)[0] is given.model
         for changes, told in (
             ({"clip": None}, "Connect clip and prompt"),
             ({"prompt": " "}, "Connect clip and prompt"),
