@@ -225,8 +225,9 @@ class Residual(OfFile):
             display_name="Personalized Residual",
             category="concept/attention",
             description=(
-                "Puts a subject that Train Personalized Residual taught on a model, in a window of the steps, everywhere, where a mask "
-                "is, or where the model attends to its words. Weights are not changed and no model call is added. Any other LoRA works, too; the report says what the file is."
+                "Puts a subject that Train Personalized Residual taught on a model, in a window of the steps: everywhere, where a mask is, "
+                "or where the model attends to its words. Weights are not changed and no model call is added. Any other LoRA works, too; "
+                "the report says what the file is."
             ),
             search_aliases=["personalized residuals", "DreamBooth", "subject", "LoRA", "identity", "LAG", "localized"],
             inputs=[
