@@ -34,7 +34,7 @@ def localized(model, modules: Iterable[str], bound: Bound, length: int, cut: str
     names = capture.layers_of(model, capture.ALL)
     blocks = tuple(name.removesuffix("proj_out") for name in modules if name.endswith(".proj_out"))
     own = [name for name in names if name.startswith(blocks)] if blocks else []
-    live = Live(phrase=bound.phrase, threshold=cut, scope=BLOCK if own else "step", smoothing=0.0 if own else 0.5, start=0.0)
+    live = Live(phrase=bound.phrase, threshold=cut, scope=BLOCK if own else "step", smoothing=0.0 if own else 0.5, start=0.0, until=1.0)
 
     def share_out(height: int, width: int, found: torch.Tensor) -> torch.Tensor:
         return found if mask is None else found * pool(mask[None].float(), height, width).to(found.device)
