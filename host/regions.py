@@ -339,7 +339,10 @@ def _told(one: Sought, finder: LocalizeEffect) -> str:
     live = one.live
     when = f"there from {live.start:g} to {live.end:g} of sampling" + (f", at rest from {live.until:g}" if live.until < 1 else "")
     behind = f"; background {', '.join(item.told for item in one.background)}" if one.background else ""
-    return f"Found by {one.bound.told} in {len(finder.layers)} attentions ({live.threshold}), {when}{behind}."
+    layers = [name.removeprefix("diffusion_model.").removesuffix(".attn2") for name in finder.layers]
+    where = ", ".join(layers) if len(layers) < 3 else f"{len(layers)} attentions"
+    how = live.threshold + (", each layer behind an attention by that one's own map" if live.scope == BLOCK else "")
+    return f"Found by {one.bound.told} in {where} ({how}), {when}{behind}."
 
 
 def _wanted(region: Region) -> dict[str, str]:
