@@ -33,8 +33,8 @@ def layers_of(family: Family, choice: str) -> str:
 
 
 def rank_of(share: float) -> Callable[[nn.Module], int]:
-    """The rank of a layer's pair: a share of its width, and no less than LEAST."""
-    return lambda layer: max(LEAST, round(share * sizes(layer)[0]))
+    """The rank of a layer's pair: a share of its width, the smaller one where there are two, and no less than LEAST."""
+    return lambda layer: max(LEAST, round(share * min(sizes(layer))))
 
 
 class Lesson(NamedTuple):

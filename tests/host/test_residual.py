@@ -76,6 +76,7 @@ class TestRanks:
     def test_no_less_than_what_can_learn(self):
         assert rank_of(0.05)(torch.nn.Linear(64, 64)) == LEAST
         assert rank_of(0.5)(torch.nn.Conv2d(64, 64, 1)) == 32
+        assert rank_of(0.5)(torch.nn.Linear(64, 256)) == rank_of(0.5)(torch.nn.Linear(256, 64)) == 32
 
     @staticmethod
     def layers(patcher):
