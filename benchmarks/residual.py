@@ -4,8 +4,8 @@ A character that the lab's models never saw, taught by Train Personalized Residu
 (10 Euler steps, CFG 4). For each model,
 
     MODEL_untaught_identity     pictures of the character where its word is said and nothing was taught
-    MODEL_identity, _valid      the same with the residual, and pictures that are not spoilt: the UNet's is on the attention blocks' outputs,
-                                as published, the DiT's on all layers of those blocks
+    MODEL_identity, _valid      the same with the residual, and pictures that are not spoilt: the UNet's is on the outputs of the attention
+                                blocks, as published, the DiT's on all layers of those blocks
     MODEL_shape, _bind          ordinary objects, with it on: right shape; right shape in the right colour
     MODEL_plain_shape, ...      the same without it
     MODEL_mistaken              ordinary objects that became the character
@@ -14,8 +14,8 @@ A character that the lab's models never saw, taught by Train Personalized Residu
 and on the UNet, each against one thing changed,
 
     unet_blocks_*               all layers of the attention blocks, at a rate of their own
-    unet_HOW_identity, _moved   prompts of the character on one side, with the residual everywhere (off) or localized (median, otsu): pictures
-                                of it, and how far the pixels of the other side are from the untaught model's (mean difference, 0 to 1)
+    unet_HOW_identity, _moved   prompts of the character on one side, the residual everywhere (off) or localized (median, otsu): pictures of
+                                it, and how far the pixels of the other side are from the untaught model's (mean difference, 0 to 1)
     unet_masked_*, unmasked_*   pictures with another object in them and captions that name the character alone: with masks, and without.
                                 `alone`: nothing else is drawn
 """
@@ -98,9 +98,8 @@ def ordinary(loaded, model, eye: Eye, n: int) -> dict[str, list[bool]]:
 
 def on_one_side(loaded, lora: dict | None, n: int, localize: str = "off") -> torch.Tensor:
     """Pictures (n, SIZE, SIZE, 3) of prompts that ask for the character on the left, and on the right, in turns."""
-    grounds = itertools.cycle(BACKGROUNDS)
-    sides = itertools.cycle(("left", "right"))
-    prompts = [f"a large {WORDS[NAME]} on the {side} on a {ground} background" for side, ground, _ in zip(sides, grounds, range(n))]
+    asked = itertools.islice(zip(itertools.cycle(("left", "right")), itertools.cycle(BACKGROUNDS), strict=False), n)
+    prompts = [f"a large {WORDS[NAME]} on the {side} on a {ground} background" for side, ground in asked]
     how = {} if localize == "off" else {"localize": localize, "clip": loaded.clip, "prompt": prompts[0]}  # the word stands alike in all
     model = loaded.model if lora is None else put(loaded, lora, **how)
     return draw(loaded, prompts, size=SIZE, seed=9000, model=model, steps=STEPS)
