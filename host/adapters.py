@@ -56,6 +56,14 @@ class AdapterError(ValueError):
     """A LoRA that cannot be read or placed, and what to do about it."""
 
 
+class Told(dict):
+    """A LORA_MODEL (tensors by key) that says of itself what the header of its file says."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], about: Mapping):
+        super().__init__(state)
+        self.about = _known(about)
+
+
 class LowRank(NamedTuple):
     """What one file adds to one layer; several factors where the layer fuses projections that the file keeps apart."""
 
@@ -129,20 +137,25 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def about(path: Path) -> dict:
-    """What a file of this pack says of itself in its header: its `poles` (two texts) and `range` (two numbers), where it has them."""
+    """What a file of this pack says of itself in its header, as far as it can be used: its `poles` (two texts) and `range` (two numbers),
+    its `identifier` and `class_word` (texts).
+    """
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads((file.metadata() or {}).get("concept_nodes", "{}"))
     except (*DAMAGED, OSError):
         return {}
-    told = told if isinstance(told, dict) else {}
+    return _known(told if isinstance(told, dict) else {})
+
+
+def _known(told: Mapping) -> dict:
     poles, span = told.get("poles"), told.get("range")
     checked = {}
     if isinstance(poles, list) and len(poles) == 2 and all(isinstance(pole, str) for pole in poles):
         checked["poles"] = poles
     if isinstance(span, list) and len(span) == 2 and all(isinstance(end, int | float) and abs(end) <= MOST for end in span):
         checked["range"] = [float(end) for end in span]
-    return checked
+    return checked | {key: told[key] for key in ("identifier", "class_word") if isinstance(told.get(key), str) and told[key]}
 
 
 def checked(state, label: str) -> dict[str, torch.Tensor]:

@@ -21,6 +21,8 @@ class Family(NamedTuple):
     rows           kind of rows (host.sites) -> pattern of the modules whose output has them; the picture's tokens where none matches
     tokenizers     of a CLIP's tokenizers, those whose tokens the context's rows stand for; the first that there is counts
     slider_layers  pattern of the modules that published sliders of the family adapt
+    residual_layers  pattern of the modules that give a block's attention to the picture's rows, where personalized residuals lie
+    residual_blocks  pattern of all of the layers of those blocks
     blocks         class names of the modules that a training may compute again instead of keeping what they computed
     maps           pattern of the modules that attend from the picture to words
     maps_read      which of them are read by default: FINE, all but those on the coarsest grid, or LATE, the last fifth
@@ -42,6 +44,8 @@ class Family(NamedTuple):
     rows: dict[str, str]
     tokenizers: tuple[str, ...]
     slider_layers: str
+    residual_layers: str
+    residual_blocks: str
     blocks: tuple[str, ...]
     maps: str
     maps_read: str
@@ -68,11 +72,14 @@ UNET_LAYERS = {
 UNET_ROWS = {"text": r"\.attn2\.to_[kv]$", "vector": r"\.emb_layers\.|^time_embed\.|^label_emb\."}
 # "noxattn": self-attention, residual blocks and samplers; nothing that reads words.
 UNET_SLIDER = r"\.attn1\.to_|\.(in_layers|out_layers|emb_layers|skip_connection)|_blocks\.\d+\.\d+\.(op|conv)$"
+UNET_RESIDUAL = r"\.proj_out$"
+UNET_TRANSFORMER = r"\.attn[12]\.to_|\.ff\.|\.proj_(in|out)$"
 CROSS_ATTENTION = "cross-attention"
 UNET_SITES = r"\.attn2$"
 UNET_BLOCKS = ("ResBlock", "BasicTransformerBlock")
 FLUX_SITES = r"\.img_attn\.proj$|^single_blocks\.\d+\.linear2$"
 FLUX_SLIDER = r"_attn\.(qkv|proj)$|single_blocks\.\d+\.linear[12]$"
+FLUX_TRANSFORMER = r"_attn\.(qkv|proj)$|_mlp\.|single_blocks\.\d+\.linear[12]$"
 FLUX_ROWS = {
     "vector": r"_mod\.|\.modulation\.|^(time|vector|guidance)_in\.|adaLN_modulation",
     "text": r"\.txt_|^txt_in$",
@@ -96,6 +103,8 @@ FAMILIES = (
         rows=UNET_ROWS,
         tokenizers=("l",),
         slider_layers=UNET_SLIDER,
+        residual_layers=UNET_RESIDUAL,
+        residual_blocks=UNET_TRANSFORMER,
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
@@ -115,6 +124,8 @@ FAMILIES = (
         rows=UNET_ROWS,
         tokenizers=("l", "g"),
         slider_layers=UNET_SLIDER,
+        residual_layers=UNET_RESIDUAL,
+        residual_blocks=UNET_TRANSFORMER,
         blocks=UNET_BLOCKS,
         maps=r"\.attn2$",
         maps_read=FINE,
@@ -134,6 +145,8 @@ FAMILIES = (
         rows=FLUX_ROWS,
         tokenizers=("t5xxl", "l"),
         slider_layers=FLUX_SLIDER,
+        residual_layers=FLUX_SITES,
+        residual_blocks=FLUX_TRANSFORMER,
         blocks=("DoubleStreamBlock", "SingleStreamBlock"),
         maps=r"\.double_blocks\.\d+$",
         maps_read=LATE,

@@ -249,15 +249,22 @@ def decoder(trainee: Trainee, vae) -> Callable[[torch.Tensor], torch.Tensor] | N
 
 
 class Preview:
-    """Three pictures of one prompt and noise at strengths -1, 0 and 1, as the training has it so far.
+    """Pictures of one prompt and noise at some strengths, as the training has it so far.
 
     decode  as `decoder` makes it
     """
 
-    STRENGTHS = (-1.0, 0.0, 1.0)
-
-    def __init__(self, trainee: Trainee, prompt: Text, empty: Text, size: tuple[int, int], decode: Callable, seed: int):
-        self.trainee, self.texts, self.decode = trainee, (prompt, empty), decode
+    def __init__(
+        self,
+        trainee: Trainee,
+        prompt: Text,
+        empty: Text,
+        size: tuple[int, int],
+        decode: Callable,
+        seed: int,
+        strengths: Sequence[float] = (-1.0, 0.0, 1.0),
+    ):
+        self.trainee, self.texts, self.decode, self.strengths = trainee, (prompt, empty), decode, tuple(strengths)
         self.sigmas = comfy.samplers.calculate_sigmas(trainee.sampling, "normal", PREVIEW_PATH).to(trainee.device)
         noise = trainee.noise(1, *size, torch.Generator().manual_seed(seed))
         self.start = trainee.sampling.noise_scaling(self.sigmas[0], noise, torch.zeros_like(noise), True)
@@ -265,8 +272,8 @@ class Preview:
     def page(self, title: str) -> torch.Tensor:
         """(1, height, width, 3) in 0..1."""
         with torch.no_grad():
-            pictures = [self.decode(self._sampled(strength)) for strength in self.STRENGTHS]
-        return lay_out(pictures, [f"{strength:+g}" if strength else "0" for strength in self.STRENGTHS], title, PREVIEW_SIDE, 0).page
+            pictures = [self.decode(self._sampled(strength)) for strength in self.strengths]
+        return lay_out(pictures, [f"{strength:+g}" if strength else "0" for strength in self.strengths], title, PREVIEW_SIDE, 0).page
 
     def _sampled(self, strength: float) -> torch.Tensor:
         """Euler steps at the guidance that the ways are walked with."""

@@ -44,14 +44,20 @@ class TrainingError(ValueError):
 
 
 class Adapter(nn.Module):
-    """A layer's low-rank pair while it trains, in float32, beside the layer's `plain` forward."""
+    """A layer's low-rank pair while it trains, in float32, beside the layer's `plain` forward.
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+    alpha   None: the rank, so that nothing is scaled
+    square  read no more of the layer's inputs than it has outputs, the first ones
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float | None, generator: torch.Generator, *, square: bool = False):
         super().__init__()
         convolution = isinstance(layer, nn.Conv2d)
-        outputs, inputs = (layer.out_channels, layer.in_channels) if convolution else (layer.out_features, layer.in_features)
+        outputs, self.inputs = sizes(layer)
+        inputs = min(self.inputs, outputs) if square else self.inputs
         kernel = tuple(layer.kernel_size) if convolution else ()
         rank = min(rank, inputs, outputs)
+        alpha = float(rank) if alpha is None else alpha
         fan_in = inputs * math.prod(kernel)
         # Kaiming with a = sqrt(5), as published trainers draw it: uniform within 1 / sqrt(fan in).
         down = (2 * torch.rand(rank, inputs, *kernel, generator=generator) - 1) / math.sqrt(fan_in)
@@ -66,24 +72,48 @@ class Adapter(nn.Module):
         if not strength:
             return y
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        channels = -1 if self.how is None else 1
+        if self.down.shape[1] < self.inputs:
+            x = x.narrow(channels, 0, self.down.shape[1])
         if self.how is None:
             low = nn.functional.linear(nn.functional.linear(x, down), up)
         else:
             low = nn.functional.conv2d(nn.functional.conv2d(x, down, **self.how), up)
         return y + (strength * self.scale) * low
 
+    def whole_down(self) -> torch.Tensor:
+        """(rank, all of the layer's inputs, *kernel): what loaders take."""
+        down = self.down.detach()
+        return torch.cat([down, down.new_zeros(len(down), self.inputs - down.shape[1], *down.shape[2:])], 1)
+
+
+def sizes(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear or convolution layer."""
+    return (layer.out_channels, layer.in_channels) if isinstance(layer, nn.Conv2d) else (layer.out_features, layer.in_features)
+
 
 class Trainee:
     """A model with adapters on the layers that a pattern names (None: those of the family's published sliders), for as long as the context
     lasts.
 
+    rank      of all adapters, or what it is for a layer
+    alpha     see Adapter, as for `square`
     adapters  by module name (from the host's BaseModel)
     device    where it computes
     thrifty   keep no more of a prediction than what enters each of the model's blocks, and compute the blocks once more for the gradient:
               a third more time, a fraction of the memory
     """
 
-    def __init__(self, patcher, layers: str | None = None, *, rank: int, alpha: float, seed: int):
+    def __init__(
+        self,
+        patcher,
+        layers: str | None = None,
+        *,
+        rank: int | Callable[[nn.Module], int],
+        alpha: float | None,
+        seed: int,
+        square: bool = False,
+    ):
         config = type(patcher.model.model_config).__name__
         if config in NO_GRADIENT:
             raise TrainingError(
@@ -93,7 +123,7 @@ class Trainee:
         self.family = family_of(patcher.model)
         self.patcher = _trainable(patcher)
         self.layers = self.family.slider_layers if layers is None else layers
-        self.rank, self.alpha, self.seed = rank, alpha, seed
+        self.rank, self.alpha, self.seed, self.square = rank, alpha, seed, square
         self.strength, self.thrifty = 0.0, False
         self.adapters: dict[str, Adapter] = {}
 
@@ -116,7 +146,8 @@ class Trainee:
             if not layers:
                 raise TrainingError(f"None of this model's layers ({self.family.name}) can be trained with these settings.")
             for name, layer in layers:
-                adapter = self.adapters[name] = Adapter(layer, self.rank, self.alpha, generator).to(self.device)
+                rank = self.rank(layer) if callable(self.rank) else self.rank
+                adapter = self.adapters[name] = Adapter(layer, rank, self.alpha, generator, square=self.square).to(self.device)
                 _replace_forward(layer, self._forward(adapter), stack)
             self.blocks = [module for module in self.model.modules() if type(module).__name__ in self.family.blocks]
             for block in self.blocks:
@@ -203,7 +234,7 @@ class Trainee:
         if needs.step is None or needs.adapters + needs.step > free:
             self.thrifty = True
             needs = memory()
-        told = f"Takes about {_amount(needs.weights)} for the weights, {_amount(needs.adapters)} for the slider and the optimiser"
+        told = f"Takes about {_amount(needs.weights)} for the weights, {_amount(needs.adapters)} for the adapters and the optimiser"
         told += " and as much as is free for a step" if needs.step is None else f" and {_amount(needs.step)} for a step"
         if self.thrifty:
             told += f", with blocks computed twice because only {_amount(free)} are free"
@@ -241,7 +272,7 @@ class Trainee:
         state = {}
         for module, adapter in self.adapters.items():
             name = name_of(module)
-            state[f"{name}.lora_down.weight"] = adapter.down.detach().cpu().clone()
+            state[f"{name}.lora_down.weight"] = adapter.whole_down().cpu().clone()
             state[f"{name}.lora_up.weight"] = adapter.up.detach().cpu().clone()
             state[f"{name}.alpha"] = torch.tensor(float(adapter.alpha))
         return state

@@ -192,9 +192,12 @@ class Hanging(NamedTuple):
     text: str = "own"
     strength_name: str = "strength"
 
-    def put(self, model, kind: str, file_name: str, file: str, lora=None, label: str = CONNECTED) -> tuple[Any, list[str]]:
+    def put(
+        self, model, kind: str, file_name: str, file: str, lora=None, label: str = CONNECTED, make=adapters.AdapterEffect
+    ) -> tuple[Any, list[str]]:
         """A clone of MODEL with the file, or the LoRA given as tensors, on it, and report lines; the model itself where nothing is to be
-        done. `kind` is what reports call it, `file_name` what the node calls its file, `label` what a LoRA given as tensors is called.
+        done. `kind` is what reports call it, `file_name` what the node calls its file, `label` what a LoRA given as tensors is called;
+        `make` makes the effect.
         Raises ValueError, AdapterError, MissingFile and UnsupportedFamily.
         """
         check_numbers(self.strength, self.start_percent, self.end_percent, self.strength_name)
@@ -212,9 +215,7 @@ class Hanging(NamedTuple):
             strength *= placement.to_comparable()
             factor += f" in comparable units ({strength:.3g} in its own)"
         model = model.clone()
-        effect = adapters.AdapterEffect(
-            f"{kind} '{label}' at {self.strength:g}", placement.parts, strength, self.start_percent, self.end_percent, schedule
-        )
+        effect = make(f"{kind} '{label}' at {self.strength:g}", placement.parts, strength, self.start_percent, self.end_percent, schedule)
         if mask is not None:
             effect.place, effect.text = Place(mask), self.text
         attach(model, effect)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import lab
+from ..lab.characters import WORDS
 from ..lab.pairs import CHANGES, draw_pairs
+from ..lab.portraits import draw_portraits
 
 
 class LabLoader(io.ComfyNode):
@@ -89,4 +91,40 @@ class LabPairs(io.ComfyNode):
         return io.NodeOutput(*draw_pairs(change, count, height=height, width=width, seed=seed))
 
 
-NODES = [LabLoader, LabPairs]
+class LabCharacters(io.ComfyNode):
+    """Drawn pictures of one character, to teach it from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConceptNodes_LabCharacters",
+            display_name="Draw Lab Character",
+            category="concept/lab",
+            description=(
+                "Draws pictures of a character that the lab's models do not know, with its mask and a caption for each: what Train "
+                "Personalized Residual takes. For other models load pictures of your own."
+            ),
+            search_aliases=["lab", "character", "subject", "training pictures", "captions"],
+            inputs=[
+                io.Combo.Input("character", options=list(WORDS), default="cat", tooltip="Whom to draw."),
+                io.String.Input("word", default="ohwx", tooltip="What the captions call it: a word that means nothing to the model."),
+                io.Int.Input("count", default=4, min=1, max=256, tooltip="How many pictures."),
+                io.Int.Input("beside", default=0, min=0, max=5, tooltip="Ordinary objects beside it in each. Neutral: 0, it is alone."),
+                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures."),
+                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height."),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
+            ],
+            outputs=[
+                io.Image.Output("images", display_name="images", tooltip="The pictures."),
+                io.Mask.Output("masks", display_name="masks", tooltip="Where the character is in each."),
+                io.String.Output("captions", display_name="captions", tooltip="A line for each picture that says all that is in it."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, character, word, count, beside, width, height, seed) -> io.NodeOutput:
+        images, masks, captions = draw_portraits(character, count, word=word, height=height, width=width, seed=seed, beside=beside)
+        return io.NodeOutput(images, masks, "\n".join(captions))
+
+
+NODES = [LabLoader, LabPairs, LabCharacters]

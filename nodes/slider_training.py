@@ -16,6 +16,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from safetensors import SafetensorError
 
+from ..host.adapters import Told
 from ..host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
 from ..host.training import Loop, Objective, Trainee, TrainingError, identity_of, published_names
 from ._shared import LORA_MODEL
@@ -26,26 +27,34 @@ PUBLISHED, BOTH, ERASE, ABLATE = "published", "both poles", "erase", "ablate"
 STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), ERASE: (1.0,), ABLATE: (1.0,)}
 SUBFOLDER = "concept_nodes"
 HOLE = "{}"
+RANGE = [-2, 2]  # of strengths that are worth a slider's while
 
 
 def optimiser_inputs(steps: int, rate: float) -> list:
-    """What every training is set by, with its own defaults."""
+    """What sliders are trained by, with their own defaults."""
     return [
-        io.Int.Input("steps", default=steps, min=1, max=100_000, tooltip="Steps of the optimiser."),
-        io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures in each step."),
-        io.Float.Input("learning_rate", default=rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, tooltip="Of AdamW."),
+        *step_inputs(steps, rate),
         io.Int.Input("rank", default=4, min=1, max=256, tooltip="Rank of the slider's matrices."),
         io.Float.Input("alpha", default=1.0, min=0.01, max=256.0, step=0.1, tooltip="The slider is scaled by alpha / rank."),
     ]
 
 
-def file_inputs() -> list:
+def step_inputs(steps: int, rate: float) -> list:
+    """What every training is set by."""
+    return [
+        io.Int.Input("steps", default=steps, min=1, max=100_000, tooltip="Steps of the optimiser."),
+        io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures in each step."),
+        io.Float.Input("learning_rate", default=rate, min=1e-7, max=1.0, step=1e-5, round=1e-7, tooltip="Of AdamW."),
+    ]
+
+
+def file_inputs(name: str = "my slider", shown: str = "strengths -1, 0 and 1") -> list:
     """Seed, name and previews."""
     return [
         io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="The same seed, the same file."),
         io.String.Input(
             "name",
-            default="my slider",
+            default=name,
             tooltip="The file's name in output/loras/concept_nodes. A file that is there already is kept under a number.",
         ),
         io.Int.Input(
@@ -54,15 +63,15 @@ def file_inputs() -> list:
             min=0,
             max=1000,
             optional=True,
-            tooltip="How often, while it trains, the node shows one picture at strengths -1, 0 and 1. Each takes about as long as two "
+            tooltip=f"How often, while it trains, the node shows one picture at {shown}. Each takes about as long as two "
             "steps of 4. Neutral: 0, none.",
         ),
     ]
 
 
-def training_outputs() -> list:
+def training_outputs(lora: str = "The slider, for Concept Slider's `lora`.") -> list:
     return [
-        io.Custom(LORA_MODEL).Output("lora", display_name="lora", tooltip="The slider, for Concept Slider's `lora`."),
+        io.Custom(LORA_MODEL).Output("lora", display_name="lora", tooltip=lora),
         io.Custom("LOSS_MAP").Output("losses", display_name="losses", tooltip="The loss of each step, for the host's loss plot."),
         io.String.Output("file", display_name="file", tooltip="Where the file lies."),
         io.String.Output("report", display_name="report", tooltip="What was trained, on what, for how long."),
@@ -131,7 +140,7 @@ class SliderTrainText(io.ComfyNode):
         stem = checked_stem(name)
         asked = dict(target=target, more=more, less=less, preserve=preserve, objective=objective)
         settings = Settings(steps, batch, learning_rate, rank, alpha, seed)
-        rows, way, encode = prompts(asked), signed(objective, eta), _encoder(clip)
+        rows, way, encode = prompts(asked), signed(objective, eta), encoder(clip)
         entries, empty = [Entry(*map(encode, row)) for row in rows], encode("")
         if len({text.context.shape for text in encode.read.values()}) > 1:
             raise TrainingError("The prompts take windows of unlike lengths. Make the longest ones shorter.")
@@ -147,7 +156,7 @@ class SliderTrainText(io.ComfyNode):
             model, settings, stem, {**asked, "eta": eta, "width": width, "height": height}, encode, begin,
             Watched(entries[0].target, size, previews, vae),
             told=f"{len(entries)} prompts",
-            poles=[less.replace(HOLE, "").strip(), more.replace(HOLE, "").strip()],
+            about={"poles": [less.replace(HOLE, "").strip(), more.replace(HOLE, "").strip()], "range": RANGE},
             how=f"{objective}, eta {eta:g}",
         )  # fmt: skip
 
@@ -207,7 +216,7 @@ class SliderTrainImages(io.ComfyNode):
         model, clip, vae, prompt, objective, eta = (given[0] for given in (model, clip, vae, prompt, objective, eta))
         seed, name, previews = (given[0] for given in (seed, name, previews))
         settings = Settings(*(given[0] for given in (steps, batch, learning_rate, rank, alpha)), seed)
-        stem, encode = checked_stem(name), _encoder(clip)
+        stem, encode = checked_stem(name), encoder(clip)
         if objective == DIFFERENCE and eta == 0:
             raise TrainingError("eta is 0, so there is nothing to learn. Set it to 0.5 or more.")
         check_vae(model, vae)
@@ -223,7 +232,7 @@ class SliderTrainImages(io.ComfyNode):
             model, settings, stem, {"prompt": prompt, "objective": objective, "eta": eta, "of": "pairs"}, encode, begin,
             Watched(text, tuple(pairs[0][0].shape[-2:]), previews, vae),
             told=f"{len(pairs)} pairs of pictures",
-            poles=["before", "after"],
+            about={"poles": ["before", "after"], "range": RANGE},
             how=f"image pairs, {objective}" + (f", eta {eta:g}" if objective == DIFFERENCE else ""),
             seen=[latent for pair in pairs for latent in pair],
         )  # fmt: skip
@@ -241,12 +250,15 @@ class Settings(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What previews show: a prompt, at a size of latents (height, width), so many times; by an autoencoder if there is one."""
+    """What previews show: a prompt, at a size of latents (height, width), so many times; by an autoencoder if there is one; at which
+    strengths.
+    """
 
     text: Text
     size: tuple[int, int]
     times: int
     vae: Any
+    strengths: tuple[float, ...] = (-1.0, 0.0, 1.0)
 
 
 def check_vae(model, vae) -> None:
@@ -321,7 +333,7 @@ def _filled(text: str, line: str) -> str:
     return (text.replace(HOLE, line) if HOLE in text else f"{line} {text}" if line and text else text).strip()
 
 
-def _encoder(clip) -> Callable[[str], Text]:
+def encoder(clip) -> Callable[[str], Text]:
     """Reads each prompt once; `read` has all of them."""
 
     def encode(text: str) -> Text:
@@ -335,24 +347,25 @@ def _encoder(clip) -> Callable[[str], Text]:
 
 def trained(
     model, settings: Settings, stem: str, asked: dict, encode, begin: Callable[[Trainee], Objective], watched: Watched,
-    *, told: str, poles: list[str], how: str, seen: Sequence[torch.Tensor] = (),
+    *, told: str, about: dict, how: str, seen: Sequence[torch.Tensor] = (), on: dict | None = None, kept: torch.dtype = torch.float32,
 ) -> io.NodeOutput:  # fmt: skip
-    """Train, save and tell. `asked` and `seen`: what else a checkpoint must be of, as settings and as tensors. Raises TrainingError and
-    UnsupportedFamily.
+    """Train, save and tell. `asked` and `seen`: what else a checkpoint must be of, as settings and as tensors; `about`: what else the file
+    says of itself; `on`: how a Trainee is made, where the settings' rank and alpha on a slider's layers will not do; `kept`: the numbers
+    of the file. Raises TrainingError and UnsupportedFamily.
     """
     empty = encode("")
     identity = identity_of(
         model, {**asked, **settings._asdict()}, [part for text in encode.read.values() for part in text if part is not None] + [*seen]
     )
     bar = comfy.utils.ProgressBar(settings.steps)
-    with Trainee(model, rank=settings.rank, alpha=settings.alpha, seed=settings.seed) as trainee:
+    with Trainee(model, seed=settings.seed, **(on or {"rank": settings.rank, "alpha": settings.alpha})) as trainee:
         objective = begin(trainee)
         needs = trainee.fit(objective.memory)
         log.info(needs)
         file = checkpoint(stem, identity)
         loop = Loop(trainee.parameters(), steps=settings.steps, rate=settings.learning_rate, identity=identity, file=file)
         decode = decoder(trainee, watched.vae) if watched.times else None
-        preview = Preview(trainee, watched.text, empty, watched.size, decode, settings.seed) if decode else None
+        preview = Preview(trainee, watched.text, empty, watched.size, decode, settings.seed, watched.strengths) if decode else None
 
         def each(step: int) -> None:
             shown = None
@@ -363,13 +376,12 @@ def trained(
             bar.update_absolute(step + 1, settings.steps, shown)
 
         outcome = loop.run(objective, each)
-        lora = trainee.state(published_names(trainee.model))
+        lora = {key: tensor.to(kept) for key, tensor in trainee.state(published_names(trainee.model)).items()}
         layers, family = len(trainee.adapters), trainee.family.name
     first, last = (sum(part) / len(part) for part in (outcome.losses[:20], outcome.losses[-20:]))
     about = {
         "concept": stem,
-        "poles": poles,
-        "range": [-2, 2],
+        **about,
         "objective": f"{how}, {settings.steps} steps of {settings.batch}, learning rate {settings.learning_rate:g}, seed {settings.seed}",
         "base": family,
     }
@@ -386,7 +398,7 @@ def trained(
             where.format(path),
         ]
     )
-    return io.NodeOutput(lora, {"loss": outcome.losses}, str(path), report, ui=ui.PreviewText(report))
+    return io.NodeOutput(Told(lora, about), {"loss": outcome.losses}, str(path), report, ui=ui.PreviewText(report))
 
 
 def checked_stem(name: str) -> str:

@@ -15,6 +15,7 @@ from concept_nodes.nodes import NODES
 from concept_nodes.nodes.filter import FilterReattention
 from concept_nodes.nodes.maps import Capture
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
+from concept_nodes.nodes.residual import Residual
 from concept_nodes.nodes.sliders import Slider, SliderPrompts
 from concept_nodes.nodes.steering import SteerModel
 from concept_nodes.ops.masks import Box
@@ -107,6 +108,14 @@ def put_steer(*args, **options):
     return steer(*args, **options).result[0]
 
 
+def residual(model, strength=0.8, start=0.0, end=1.0, mask=None, **lora):
+    return Residual.execute(model, "none", strength, start, end, lora=models.lora(model, **lora), mask=mask)
+
+
+def put_residual(*args, **options):
+    return residual(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -175,6 +184,17 @@ EFFECTS = {
             "no features": lambda model: SteerModel.execute(model, "none", 1.0, "add", 0.0, 1.0, "cond").result[0],
         },
     ),
+    "ConceptNodes_Residual": Case(
+        execute=residual,
+        tells=("strength 0.8", "everywhere", "in all steps", "119 layers", "rank 2", "names no identifier"),
+        neutral={
+            "strength 0": lambda model: put_residual(model, 0.0),
+            "empty window": lambda model: put_residual(model, start=0.5, end=0.5),
+            "empty mask": lambda model: put_residual(model, mask=torch.zeros(1, 64, 64)),
+            "no file": lambda model: Residual.execute(model, "none", 1.0, 0.0, 1.0).result[0],
+        },
+        reference=stock_lora,
+    ),
     "ConceptNodes_Slider": Case(
         execute=slider,
         tells=("strength 0.8", "in all steps", "119 layers", "rank 2"),
@@ -202,6 +222,8 @@ PLUMBING = {
     "ConceptNodes_SliderTrainText": "trains a file; test_training.py holds what it is",
     "ConceptNodes_SliderTrainImages": "trains a file; test_training.py holds what it is",
     "ConceptNodes_LabPairs": "draws pictures; test_lab_scenes.py holds what they are",
+    "ConceptNodes_ResidualTrain": "trains a file; test_residual.py holds what it is",
+    "ConceptNodes_LabCharacters": "draws pictures; test_residual.py holds what they are",
     "ConceptNodes_SliderSweep": "a list of what Slider makes; test_sweep.py holds that each is",
     "ConceptNodes_Filter": "encodes a text; test_filter.py holds that nothing to do is the host's own encoding, bit for bit",
     "ConceptNodes_DirectionFind": "finds numbers; test_steering.py holds what they are",

@@ -20,6 +20,7 @@ VARIED = {
     "slider": ("2", "strength", (-2.0, -1.0, 1.0, 2.0)),
     "slider_prompts": ("2", "strength", (-1.5, -0.5, 0.5, 1.5)),
     "filter": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
+    "residual": ("2", "strength", (0.0, 0.5, 1.0, 1.5)),
     "steer": ("3", "strength", (0.0, 0.75, 1.5, 2.0)),
     "maps": ("6", "seed", (7, 8, 9, 10)),
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
