@@ -1,10 +1,10 @@
-"""Attend-and-Excite (Chefer et al., arXiv 2301.13826), for UNets: before each step of the first half of sampling the latent is moved so that
-each thing's word is attended to somewhere.
+"""Attend-and-Excite (Chefer et al., arXiv 2301.13826), for UNets: before each step of the first half of sampling the latent is moved so
+that each thing's word is attended to somewhere.
 
     L = max over words of (1 - max over positions of A_word),    z <- z - alpha dL/dz,    alpha = 20 sqrt(1 -> 0.5)
 
-A: attention to the word on the coarsest grid that is not a single position's neighbourhood, averaged over heads and layers, the softmax
-over words but the first sharpened by 100, blurred. The paper's repeated steps at its thresholds are left out: this is one gradient a step.
+A: attention to the word on one grid, averaged over heads and layers, the softmax over words but the first sharpened by 100, blurred. The
+paper's repeated steps at its thresholds are left out: this is one gradient a step.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ Places = Callable[[int, int], torch.Tensor]
 
 
 class BindEffect(Effect):
-    """Acts in calls that hold rows of the positive prompt. places: (height, width) -> (P, G, height, width), each group's mask on the picture,
-    in pictures of a batch by turns; None where the form has none.
+    """Acts in calls that hold rows of the positive prompt. places: (height, width) -> (P, G, height, width), each group's mask on the
+    picture, of P the pictures of a batch by turns; None where the form has none.
     """
 
     def __init__(
