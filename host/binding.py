@@ -127,10 +127,9 @@ class Attention:
         self.now: Now | None = None
         self.called = False
 
-    def among(self, bias: torch.Tensor, now: Now) -> torch.Tensor:
-        """(batch, heads or 1, positions, words): nothing for the rows of other prompts."""
-        whole = bias.new_zeros(now.batch, *bias.shape[1:])
-        return whole.index_copy(0, now.rows, bias)
+    def among(self, bias: torch.Tensor, now: Now, elsewhere: float = 0.0) -> torch.Tensor:
+        """(batch, heads or 1, positions, words): `elsewhere` for the rows of other prompts."""
+        return bias.new_full((now.batch, *bias.shape[1:]), elsewhere).index_copy(0, now.rows, bias)
 
 
 class CrossBound(Attention):
@@ -149,17 +148,18 @@ class CrossBound(Attention):
         q, k = (split_heads(part.index_select(0, now.rows), self.module.heads) for part in (self.module.to_q(x), self.module.to_k(context)))
         words = now.members.shape[-1]  # a form within this one may have put a word of no value behind them
         logits = (q * q.shape[-1] ** -0.5 @ k[:, :, :words].transpose(-1, -2)).float()
-        bias = self.among(self.form.bias(logits, now), now).to(x.dtype)
-        bias = torch.nn.functional.pad(bias[..., :words], (0, context.shape[1] - words)), bias[..., words:]
-        if mask is not None:
-            mask = as_bias(mask, x.dtype)
-            bias = bias[0] + mask, bias[1]
+        found = self.form.bias(logits, now)
+        bias = self.among(found[..., :words], now).to(x.dtype)
+        bias = torch.nn.functional.pad(bias, (0, context.shape[1] - words))
+        bias = bias if mask is None else bias + as_bias(mask, x.dtype)
         if self.form.sinks:
+            # Of what other prompts' rows have nothing is taken.
+            taken = self.among(found[..., words:], now, ops.SHUT).to(x.dtype)
+            heads = max(bias.shape[1], taken.shape[1])
+            bias = torch.cat([part.expand(-1, heads, -1, -1) for part in (bias, taken)], -1)
             context = torch.nn.functional.pad(context, (0, 0, 0, 1))
             value = None if value is None else torch.nn.functional.pad(value, (0, 0, 0, 1))
-        heads = max(part.shape[1] for part in bias)
-        mask = torch.cat([part.expand(-1, heads, -1, -1) for part in bias], -1) if self.form.sinks else bias[0]
-        return inner(x, context=context, value=value, mask=mask, transformer_options=options)
+        return inner(x, context=context, value=value, mask=bias, transformer_options=options)
 
 
 class BlockBound(Attention):
