@@ -12,10 +12,11 @@ BETWEEN = (
     *("wearing", "holding", "standing", "sitting", "lying", "riding", "is", "are", "who", "which"),
     *("left", "right", "top", "bottom", "upper", "lower", "middle", "centre", "center"),
 )
-# What stands for a part of the picture, for the picture, or for something named before.
+BEHIND = ("background", "backdrop", "foreground")
+# Nouns that stand for a part of the picture, for the picture, or for something named otherwise.
 PARTS = (
-    *("side", "corner", "edge", "background", "backdrop", "foreground", "front", "distance", "style", "other", "others", "same"),
-    *("picture", "image", "photo", "photograph", "painting", "drawing", "illustration", "scene", "view", "pair", "group", "couple"),
+    *("side", "corner", "edge", "front", "distance", "style", "other", "others", "same", "pair", "group", "couple"),
+    *("picture", "image", "photo", "photograph", "painting", "drawing", "illustration", "scene", "view", "icon", "sketch", "portrait"),
 )
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*|[^\w\s]")
 
@@ -33,7 +34,8 @@ def things(text: str) -> list[str]:
         if begun is not None and end is not None and end > begun:
             phrase = text[begun:end]
             places = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)]
-            if phrase.split()[-1].lower() not in PARTS:
+            said = phrase.lower().split()
+            if said[-1] not in PARTS and not set(said) & set(BEHIND):
                 found.append(phrase if len(places) == 1 else f"{phrase} #{places.index(begun) + 1}")
         begun = None
 

@@ -16,6 +16,7 @@ from concept_nodes.ops.phrases import things
         ("A cat with a hat and a dog", ["cat", "hat", "dog"]),
         ("two girls, one in a red dress, the other in a blue coat", ["girls", "red dress", "blue coat"]),
         ("a medium orange heart top left of a cyan star, in neon style", ["medium orange heart", "cyan star"]),
+        ("an icon of a red star over a white backdrop neon", ["red star"]),
         ("red cat, dog", []),
         ("", []),
         ("a", []),
