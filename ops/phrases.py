@@ -9,9 +9,10 @@ ARTICLES = ("a", "an", "the", "one", "two", "three", "four", "five", "six", "his
 BETWEEN = (
     *("and", "or", "with", "without", "of", "in", "on", "at", "by", "from", "to", "for", "over", "under", "above", "below", "beneath"),
     *("behind", "beside", "near", "next", "between", "inside", "onto", "into", "through", "against", "around", "along", "across", "while"),
-    *("wearing", "holding", "standing", "sitting", "lying", "riding", "is", "are", "who", "which"),
+    *("wearing", "holding", "standing", "sitting", "lying", "riding", "is", "are"),
     *("left", "right", "top", "bottom", "upper", "lower", "middle", "centre", "center"),
 )
+RELATIVE = ("that", "which", "who")
 BEHIND = ("background", "backdrop", "foreground")
 # Nouns that stand for a part of the picture, for the picture, or for something named otherwise.
 PARTS = (
@@ -28,6 +29,7 @@ def things(text: str) -> list[str]:
     """
     found: list[str] = []
     begun = end = None
+    before = ""
 
     def close() -> None:
         nonlocal begun
@@ -45,9 +47,12 @@ def things(text: str) -> list[str]:
             close()
             begun, end = match.end(), None
             begun += len(text[begun:]) - len(text[begun:].lstrip())
+        elif word in RELATIVE or (word in ("is", "are") and before in RELATIVE):
+            pass  # what follows is said of the noun
         elif not word[0].isalnum() or word in BETWEEN:
             close()
         else:
             end = match.end()
+        before = word
     close()
     return found

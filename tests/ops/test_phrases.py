@@ -17,6 +17,7 @@ from concept_nodes.ops.phrases import things
         ("two girls, one in a red dress, the other in a blue coat", ["girls", "red dress", "blue coat"]),
         ("a medium orange heart top left of a cyan star, in neon style", ["medium orange heart", "cyan star"]),
         ("an icon of a red star over a white backdrop neon", ["red star"]),
+        ("a circle that is red at the top and a star which is blue", ["circle that is red", "star which is blue"]),
         ("red cat, dog", []),
         ("", []),
         ("a", []),
