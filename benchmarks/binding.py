@@ -8,7 +8,7 @@ says whether the exact set of shapes is there in their colours (`bind`). The gro
     words       token suppression as published (T2I-Zero), on cross-attention
     dense       DenseDiffusion's bias with the scene's own boxes: what places are worth that nobody told the other arms
     excite      Attend-and-Excite, with gradients (UNet)
-    free        Bind Words, mode groups
+    free        Bind Words as it comes: groups compete in the first half of sampling
 
 For each MODEL, at 64 pixels and at 128 (`binding128`; the UNet there with three things, too),
 
@@ -32,7 +32,7 @@ import comfy.samplers
 import torch
 
 from ..host import lab as host_lab
-from ..host.binding import DENSE, FORMS, GROUPS, WORDS, BindEffect, Members
+from ..host.binding import DENSE, FORMS, GROUPS, WORDS, BindEffect, Members, Settings
 from ..host.dispatcher import attach
 from ..host.families import family_of
 from ..host.words import places as word_places
@@ -131,8 +131,8 @@ def weighted(task: Task):
     return task.loaded.model, contexts, None
 
 
-def formed(mode: str) -> Callable:
-    """Bind Words' forms, with each caption's own groups."""
+def formed(mode: str, end: float = 1.0) -> Callable:
+    """Bind Words' forms, with each caption's own groups, up to a share of sampling."""
 
     def prepare(task: Task):
         model, groups = task.loaded.model.clone(), task.groups
@@ -140,7 +140,7 @@ def formed(mode: str) -> Callable:
             groups = tuple(tuple((row,) for row in sorted({row for group in own for row in group})) for own in groups)
         members = Members(groups, task.contexts.shape[1])
         places = (lambda height, width: torch.stack([pool(one, height, width) for one in task.boxes])) if mode == DENSE else None
-        attach(model, BindEffect(model.model, mode, FORMS[mode](), members, 1.0, places=places))
+        attach(model, BindEffect(model.model, mode, FORMS[mode](), members, 1.0, 0.0, end, places))
         return model, task.contexts, None
 
     return prepare
@@ -154,7 +154,14 @@ def excite(task: Task):
 
 FULL = ("plain", "free")  # the arms that claims are about
 LEAKS = ("swapped", "colour leaked", "shape leaked")
-ARMS = {"plain": plain, "weighted": weighted, "words": formed(WORDS), "dense": formed(DENSE), "free": formed(GROUPS), "excite": excite}
+ARMS = {
+    "plain": plain,
+    "weighted": weighted,
+    "words": formed(WORDS),
+    "dense": formed(DENSE),
+    "free": formed(GROUPS, Settings().end_percent),
+    "excite": excite,
+}
 
 
 def draw(task: Task, arm: str) -> torch.Tensor:

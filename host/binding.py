@@ -343,7 +343,7 @@ class Settings(NamedTuple):
     mode: str = GROUPS
     strength: float = 1.0
     start_percent: float = 0.0
-    end_percent: float = 1.0
+    end_percent: float = 0.5
     reach: int = 8
     likeness: float = 0.3
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..host import binding
 from ..host.binding import DENSE, GROUPS, MODES, SIMILARITY, WORDS, BindingError, Settings
-from ._shared import check_numbers, describe_window, model_input, window_inputs
+from ._shared import check_numbers, describe_window, model_input, share_input
 
 
 class Bind(io.ComfyNode):
@@ -67,7 +67,13 @@ class Bind(io.ComfyNode):
                         f"weight. '{SIMILARITY}': how far embeddings move. Neutral: 0, nothing."
                     ),
                 ),
-                *window_inputs(),
+                share_input("start_percent", 0.0, "Where in sampling it begins to act, from 0 (neutral, the first step) to 1."),
+                share_input(
+                    "end_percent",
+                    Settings().end_percent,
+                    "Where in sampling it stops, from 0 to 1 (the last step). What is where is settled in the first half; later, words that "
+                    "are held back are missed in the details. No effect on similarity. Neutral: 0, nothing.",
+                ),
                 io.Custom("CONCEPT_REGIONS").Input(
                     "regions",
                     optional=True,
