@@ -71,8 +71,8 @@ class Bind(io.ComfyNode):
                 share_input(
                     "end_percent",
                     Settings().end_percent,
-                    "Where in sampling it stops, from 0 to 1 (the last step). What is where is settled in the first half; later, words that "
-                    "are held back are missed in the details. No effect on similarity. Neutral: 0, nothing.",
+                    "Where in sampling it stops, from 0 to 1 (the last step). What is where is settled in the first half; later, words "
+                    "that are held back are missed in the details. No effect on similarity. Neutral: 0, nothing.",
                 ),
                 io.Custom("CONCEPT_REGIONS").Input(
                     "regions",
