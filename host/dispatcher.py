@@ -143,6 +143,12 @@ class Effect:
         schedule."""
         raise NotImplementedError
 
+    def around(self) -> Mapping[str, Any]:
+        """What computes modules in its calls, by module name: objects whose `run(inner, *args, **kwargs)` stands in a forward's place and
+        calls it. Those of several effects lie over one another; whoever reads regions' texts lies above them all.
+        """
+        return {}
+
     def in_run(self, run: Run) -> Effect:
         """The effect as it acts in one run: a copy, where it keeps something of the run."""
         return self
@@ -432,7 +438,8 @@ class Run:
             act.called = False
             if isinstance(act, CrossAct):
                 act.of = None if kept is None else (kept, told[1:])
-        return [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around] + layers
+        around = [pair for index in active for pair in self.acting[index].around().items()] + self._around
+        return [Around(self.patcher.model.get_submodule(name), act) for name, act in around] + layers
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
         """A call's keyword arguments, with the prompt that is read instead of its own."""

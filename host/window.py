@@ -55,6 +55,12 @@ def course(model_sampling, start_percent: float, end_percent: float, schedule: S
     return lambda call: factor(call.sigma) if window == EVERYWHERE or window.holds(call.sigma) else 0.0
 
 
+def remaining(model_sampling) -> Callable[[Level], float]:
+    """What is left of sampling at a call, 1 at its beginning and 0 at its end."""
+    left = cache(lambda sigma: 1.0 - _share(model_sampling, sigma, 0.0, 1.0))
+    return lambda call: left(call.sigma)
+
+
 def _over_levels(model_sampling, schedule: Schedule) -> Callable[[float], float]:
     """The schedule's factor at a sigma. A step exactly at a point counts as after it, as a step exactly at a window's start is in it."""
     points = schedule.points

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import comfy.sd
 import folder_paths
 import models
+import text_encoders
 import torch
 from safetensors.torch import save_file
 
 from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.nodes import NODES
+from concept_nodes.nodes.binding import Bind
 from concept_nodes.nodes.filter import FilterReattention
 from concept_nodes.nodes.maps import Capture
 from concept_nodes.nodes.regions import MaskedLoRA, RegionsApply
@@ -116,6 +118,16 @@ def put_residual(*args, **options):
     return residual(*args, **options).result[0]
 
 
+def bind(model, strength=1.0, start=0.0, end=1.0, groups="red circle | blue square", mode="groups", **options):
+    """Bind Words on the first words of a prompt."""
+    clip, text = text_encoders.build("sd15"), "a red circle and a blue square"
+    return Bind.execute(model, models.conditioning(model, 10), clip, text, groups, mode, strength, start, end, **options)
+
+
+def put_bind(*args, **options):
+    return bind(*args, **options).result[0]
+
+
 def stock_lora(model, strength=0.8, **lora):
     return comfy.sd.load_lora_for_models(model, None, models.lora(model, **lora), strength, 0)[0]
 
@@ -172,6 +184,18 @@ EFFECTS = {
             "empty window": lambda model: put_reattention(model, start=0.5, end=0.5),
         },
         refuses=("flux",),
+    ),
+    "ConceptNodes_Bind": Case(
+        execute=bind,
+        tells=("'red circle': tokens 2, 3 (one place)", "'blue square': tokens 6, 7", "Groups at 1 in", "in all steps", "No model call"),
+        neutral={
+            "strength 0": lambda model: put_bind(model, 0.0),
+            "empty window": lambda model: put_bind(model, start=0.5, end=0.5),
+            "one group": lambda model: put_bind(model, groups="red circle"),
+            "similarity": lambda model: Bind.execute(
+                model, [], text_encoders.build("sd15"), "a circle", "", "similarity", 1.0, 0.0, 1.0
+            ).result[0],
+        },
     ),
     "ConceptNodes_SteerModel": Case(
         execute=steer,

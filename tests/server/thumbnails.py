@@ -23,6 +23,7 @@ VARIED = {
     "residual": ("2", "strength", (0.0, 0.5, 1.0, 1.5)),
     "steer": ("3", "strength", (0.0, 0.75, 1.5, 2.0)),
     "maps": ("6", "seed", (7, 8, 9, 10)),
+    "bind": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
     "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
     "regions_characters": ("12", "seed", (1, 2, 3, 4)),
