@@ -111,16 +111,33 @@ def couple(loaded, layout, loras):
     return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
 
 
-def sample(loaded, model, positive, negative, seeds: Sequence[int], steps: int = STEPS) -> torch.Tensor:
-    """Pictures (N, H, W, 3) of the seeds."""
+def noise_of(loaded, seeds: Sequence[int], size: int) -> torch.Tensor:
+    side = size // loaded.vae.spacial_compression_decode()
+    return torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def sample(
+    loaded, model, positive, negative, seeds: Sequence[int], steps: int = STEPS, *, size: int = SIZE, last_step: int | None = None
+) -> torch.Tensor:
+    """Pictures (N, H, W, 3) of the seeds; with last_step the latents (N, 4, h, w) after so many of the steps."""
     import comfy.sample
 
-    side = SIZE // loaded.vae.spacial_compression_decode()
-    noise = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = noise_of(loaded, seeds, size)
     latent = comfy.sample.sample(
-        model, noise, steps, CFG, "euler", "normal", positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=0
+        model,
+        noise,
+        steps,
+        CFG,
+        "euler",
+        "normal",
+        positive,
+        negative,
+        torch.zeros_like(noise),
+        last_step=last_step,
+        disable_pbar=True,
+        seed=0,
     )
-    return loaded.vae.decode(latent)
+    return loaded.vae.decode(latent) if last_step is None else latent
 
 
 def identities(layout: Layout, readings: Sequence[Reading], only: Sequence[int] | None = None) -> list[bool]:

@@ -21,8 +21,8 @@ from ..host import adapters, capture, maps
 from ..host.families import family_of
 from ..host.words import find
 from ..nodes.maps import Capture
-from ..ops.masks import pool
 from ..ops.maps import columns, relative, split_heads, winners
+from ..ops.masks import pool
 
 ATTENTION = (".attn1", ".attn2")
 
@@ -65,28 +65,38 @@ class Adapted:
                     continue
                 for one in parts[name].factors:
                     down, up = one.down.to(output), one.up.to(output)
-                    act = F.conv2d if down.ndim == 4 else F.linear
-                    output = output + one.scale * act(act(args[0], down), up) * share
+                    output = output + one.scale * self._through(module, args[0], down, up) * share
             return output
 
         return hook
 
+    @staticmethod
+    def _through(module, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if down.ndim == 2:
+            return F.linear(F.linear(x, down), up)
+        return F.conv2d(F.conv2d(x, down, None, module.stride, module.padding), up)
+
 
 def spread_out(mask: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """A mask (rows, positions) in the shape that multiplies an output, tokens or a map, of as many positions."""
-    return mask[..., None] if output.ndim == 3 else mask.view(len(mask), 1, *output.shape[-2:])
+    """A mask (rows, positions of a square) in the shape that multiplies an output: tokens, a map, or a vector, which gets its area."""
+    if output.ndim == 2:
+        return mask.mean(1, keepdim=True)
+    side = round(mask.shape[1] ** 0.5)
+    size = output.shape[-2:] if output.ndim == 4 else (round(output.shape[1] ** 0.5),) * 2
+    whole = F.interpolate(mask.view(len(mask), 1, side, side), size)
+    return whole if output.ndim == 4 else whole.flatten(2).transpose(1, 2)
 
 
 class Lag:
     """Residuals where the block's attention to them is above its median, on UNets.
 
     The published residual is on each block's last projection alone, which comes behind the attention; the lab's characters are on all of a
-    block's layers. Those that come before the attention take its mask of the step before, and none in the first step. Keys and values of
-    words have no place and get all of it.
+    block's layers. Those that come before the attention take its mask of the step before, and none in the first step; layers between
+    blocks, the last one that was read. Keys and values of words have no place and get all of it.
     """
 
     def __init__(self, loaded, loras: Sequence[Mapping[str, torch.Tensor]], text: str, words: Sequence[str]):
-        self.rows, self.masks = rows_of(loaded, text, words), {}
+        self.rows, self.masks, self.last = rows_of(loaded, text, words), {}, None
         self.adapted = Adapted(loaded.model, loras, self._gate)
         self.attentions = [name for name, _ in loaded.model.model.named_modules() if name.endswith(".attn2")]
 
@@ -96,7 +106,8 @@ class Lag:
     def _gate(self, index: int, name: str, output: torch.Tensor):
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             return 1.0
-        mask = self.masks.get(name.partition(".transformer_blocks")[0].removesuffix(".proj_in").removesuffix(".proj_out"))
+        block, inside, _ = name.removesuffix(".proj_in").removesuffix(".proj_out").partition(".transformer_blocks")
+        mask = self.masks.get(block) if inside or name.endswith((".proj_in", ".proj_out")) else self.last
         return None if mask is None else spread_out(mask[index], output)
 
     def _reading(self, name: str) -> Callable:
@@ -112,7 +123,7 @@ class Lag:
             for own in self.rows:
                 concept = seen[..., list(own)].sum(-1)
                 masks.append((concept > concept.median(-1, keepdim=True).values).to(q).repeat(len(chunks), 1))
-            self.masks[name.partition(".transformer_blocks")[0]] = torch.stack(masks)
+            self.last = self.masks[name.partition(".transformer_blocks")[0]] = torch.stack(masks)
 
         return hook
 
@@ -183,7 +194,8 @@ class Conductor:
 
     def _step(self, apply_model, given):
         self.seen.clear()
-        for self.path in (*range(self.count), -1):
+        for path in (*range(self.count), -1):
+            self.path = path
             out = apply_model(given["input"], given["timestep"], **given["c"])
         return out
 
