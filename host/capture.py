@@ -198,12 +198,13 @@ class Tap:
 
     rows, batch   rows of the positive prompt, and how many a call has
     tokens        positions of the picture (a Flux sequence may have more, for reference pictures); 0 where that need not be known
+    first, words  of the keys those of the common text, where several texts lie behind one another; no words for all of them
     seen          (rows, positions, words) what the call showed, by source
     """
 
     def __init__(self):
         self.rows: torch.Tensor | None = None
-        self.batch = self.tokens = 0
+        self.batch = self.tokens = self.first = self.words = 0
         self.held: dict[str, Any] = {}
         self.seen: dict[str, torch.Tensor] = {}
 
@@ -266,7 +267,8 @@ class Keys(Reading):
     def read(self, module, output, args, kwargs) -> None:
         tap = self.tap
         if "q" in tap.held and len(output) == tap.batch:
-            q, k = (split_heads(tap.pick(part), self.heads) for part in (tap.held["q"], output))
+            keys = output[:, tap.first : tap.first + tap.words] if tap.words else output
+            q, k = (split_heads(tap.pick(part), self.heads) for part in (tap.held["q"], keys))
             tap.seen = {ATTENTION: columns(q, k)}
         tap.held = {}
 
@@ -398,7 +400,7 @@ class CaptureEffect(Effect):
 
     def in_run(self, run: Run) -> CaptureEffect:
         model = run.patcher.model
-        copy = CaptureEffect(model, self.layers, *self.window, self.concepts, self.words)
+        copy = self.again(model)
         copy.sampling, copy.run = weakref.proxy(run.sampling), weakref.proxy(run)  # which hold this
         copy.found = run.sampling.kept.setdefault(self, Found())
         copy.open, copy.indices = [], {}
@@ -407,6 +409,10 @@ class CaptureEffect(Effect):
         copy.levels = {name.removesuffix(".to_q"): site.level for name, site in sites(model, names).items()}
         copy.patch = patch_level(model) if jointly else 0
         return copy
+
+    def again(self, model) -> CaptureEffect:
+        """The same, for a model."""
+        return type(self)(model, self.layers, *self.window, self.concepts, self.words)
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         within = course(model_sampling, *self.window)
@@ -490,7 +496,7 @@ class CaptureEffect(Effect):
         each = len(maps) // max(1, len(now.chunks))
         for number, (entry, (top, left, height, width)) in enumerate(now.chunks):
             part = maps[number * each : (number + 1) * each]
-            grid, full = _grid((height, width), level), _grid(self.found.latent, level)
+            grid, full = grid_at((height, width), level), grid_at(self.found.latent, level)
             if part.shape[1] != grid[0] * grid[1] or part.shape[2] != words:
                 return False
             if grid != full:
@@ -522,7 +528,7 @@ class CaptureEffect(Effect):
         _keep(captured, latents)
 
 
-def _grid(latent: tuple[int, int], level: int) -> tuple[int, int]:
+def grid_at(latent: tuple[int, int], level: int) -> tuple[int, int]:
     """Height and width of the positions at a level: odd edges count whole."""
     height, width = latent
     for _ in range(level):
@@ -531,7 +537,7 @@ def _grid(latent: tuple[int, int], level: int) -> tuple[int, int]:
 
 
 def _count(latent: Sequence[int], level: int) -> int:
-    height, width = _grid((latent[0], latent[1]), level)
+    height, width = grid_at((latent[0], latent[1]), level)
     return height * width
 
 

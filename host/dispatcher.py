@@ -114,6 +114,7 @@ class Effect:
     place: Place | None = None
     text: str | Words = "own"
     apart: tuple[Place, ...] = ()
+    asks = False  # whether it needs what projections of words give in every call, kept keys and values or not
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -372,6 +373,7 @@ class Run:
         self._around: list[tuple[str, CrossAct | SelfAct]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self.spread: Spread | None = None  # of the call under way
+        self._live: tuple[int, ...] = ()
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
@@ -405,7 +407,7 @@ class Run:
             self.acting[index].enter(call)
         # Those that compute a module anew lie below those that change what it gives.
         layers = [Layer(self.modules[name], tuple(act for act, _ in acts)) for name, acts in self._acts.items() if acts]
-        kept = self._texts_stay(call)
+        kept = None if any(self.acting[index].asks for index in active) else self._texts_stay(call)
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
@@ -486,14 +488,22 @@ class Run:
         if len(set(crops)) == 1:
             crops = crops[:1]
         tokens = call.context.shape[1] if call.context is not None else 0
-        return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references)
+        places = [place for index in active for place in (self.effects[index].place, *self.effects[index].apart)]
+        sources = dict.fromkeys(place.source for place in places if place is not None and place.source is not None)
+        live = tuple(self.sampling.kept[source].version(len(self.sampling.ended)) for source in sources)
+        return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references, live)
 
     def _tell(self, strengths: tuple[Strength, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
         """Hand strengths and places to the acts."""
         self.joint, self._around = None, []
-        if self._told is None or self._told[0] != strengths:
+        live = kind.live if kind else ()
+        if live != self._live:  # masks that come no more
+            self._spreads.clear()
+            self._settings.clear()
+        if self._told is None or self._told[0] != strengths or live != self._live:
             for cross in self.crosses.values():
                 cross.forget()
+        self._live = live
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
         spread = self.spread = self._spread(kind, active, placed, call) if kind else None
         settings = self._settings.pop((strengths, kind), None)
@@ -527,7 +537,7 @@ class Run:
         apart = tuple((index, self.strengths[index](call)) for index in active if self.effects[index].apart)
         key = (kind, active, call.x.device, apart if self.reads_jointly else ())
         if key not in self._spreads:
-            spread = Spread(kind, placed, call.x.device)
+            spread = Spread(kind, placed, call.x.device, self.sampling.kept)
             if self.reads_jointly:
                 level = patch_level(call.model)
                 few = spread.tokens(level) ** 2 * len(kind.crops) <= self.MOST_PAIRS

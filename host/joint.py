@@ -23,9 +23,9 @@ class Joint:
         lengths: Sequence[int],
         apart: torch.Tensor | None = None,
     ):
-        """shares (S, C or 1, tokens) for C chunks of the batch; texts: for each of S segments, for each chunk, a context (1, n, width) or
-        None for the chunk's own; lengths: rows of each segment, the longest that its chunks read; apart (C or 1, tokens, tokens): what is
-        added to the attention of the picture to itself.
+        """shares (S, C or 1, tokens) for C chunks of the batch, or (S, B, tokens) for its rows; texts: for each of S segments, for each
+        chunk, a context (1, n, width) or None for the chunk's own; lengths: rows of each segment, the longest that its chunks read; apart
+        (1, C or B, tokens, tokens): what is added to the attention of the picture to itself.
         """
         self.shares, self.texts, self.lengths, self.apart = shares, texts, lengths, apart
         self._bias: dict[tuple, torch.Tensor] = {}
@@ -48,9 +48,10 @@ class Joint:
         )
         key = (context.device, context.dtype, context.shape, references)
         if key not in self._bias:
-            real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks))]
+            each = max(1, self.shares.shape[1] // len(chunks))  # pictures with shares of their own
+            real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks)) for _ in range(each)]
             bias = joint_bias(self.shares.cpu(), self.lengths, real, references, None if self.apart is None else self.apart.cpu())
-            self._bias = {key: bias.repeat_interleave(len(chunks[0]), 0).to(context)}
+            self._bias = {key: bias.repeat_interleave(len(context) // len(real), 0).to(context)}
         bias = self._bias[key]
         return {"c_crossattn": whole, "attention_mask": bias if mask is None else self._with(bias, mask, context)}
 

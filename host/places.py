@@ -8,8 +8,8 @@ segment. A segment reads one text, with the adapters of all its places on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ class Place:
     are multiplied by in its rows, 1 where there are none.
     """
 
+    source: Hashable = None
+
     def __init__(
         self,
         mask: torch.Tensor | Callable[[int, int], torch.Tensor],
@@ -31,15 +33,35 @@ class Place:
         self.mask, self.texts, self.factors = mask, dict(texts or {}), factors
         self.group: tuple[Place, ...] = (self,)
 
-    def on(self, height: int, width: int) -> torch.Tensor:
-        """(height, width): the place's share of each cell of a grid over the picture."""
-        return self.mask(height, width) if callable(self.mask) else pool(self.mask[None].float(), height, width)[0]
+    def on(self, height: int, width: int, kept: Mapping[Any, Any]) -> torch.Tensor:
+        """(pictures, height, width): the place's share of each cell of a grid over each picture of a batch; one where all are alike. `kept`
+        is the sampling's.
+        """
+        return (self.mask(height, width) if callable(self.mask) else pool(self.mask[None].float(), height, width)[0])[None]
 
     def text(self, condition: str) -> torch.Tensor | None:
         """What the entries of a condition read here, None for the common text. Guiders have more names than two: all that tell what is not
         wanted read the negative text.
         """
         return self.texts.get("negative" if "negative" in condition else "positive") if condition else None
+
+
+class LivePlace(Place):
+    """A place whose mask comes of the sampling itself and changes in the course of it. `Sampling.kept[source]` has the masks of several
+    such places: `version(step)`, the number of those that hold at a step, and `shares(height, width)` (places, pictures, height, width).
+    """
+
+    def __init__(
+        self,
+        source: Hashable,
+        index: int,
+        texts: Mapping[str, torch.Tensor] | None = None,
+    ):
+        super().__init__(torch.zeros(0, 0), texts)
+        self.source, self.index = source, index
+
+    def on(self, height: int, width: int, kept: Mapping[Any, Any]) -> torch.Tensor:
+        return kept[self.source].shares(height, width)[self.index]
 
 
 def group(places: Sequence[Place]) -> None:
@@ -55,10 +77,11 @@ class Segment(NamedTuple):
     reader: Place | None
 
 
-def segments(places: Sequence[Place], masks: torch.Tensor) -> tuple[list[Segment], torch.Tensor]:
-    """The segments that have any share, and their shares (S, height, width), from the masks (K, height, width) of `places`.
+def segments(places: Sequence[Place], masks: torch.Tensor, rest: bool = False) -> tuple[list[Segment], torch.Tensor]:
+    """The segments that have any share, and their shares (S, ...), from the masks (K, ...) of `places`.
 
-    Of several texts for one position, that of the group that came last is read.
+    Of several texts for one position, that of the group that came last is read. rest: what no place has comes first even where there is
+    nothing of it.
     """
     at = {id(place): index for index, place in enumerate(places)}
     found = [(Segment(frozenset(), None), torch.ones(masks.shape[1:]))]
@@ -74,7 +97,7 @@ def segments(places: Sequence[Place], masks: torch.Tensor) -> tuple[list[Segment
         for segment, share in found:
             for chosen, own in choices:
                 both = share * own
-                if both.any():
+                if both.any() or (rest and chosen is None and segment.reader is None and not segment.places):
                     one = (
                         segment
                         if chosen is None

@@ -11,12 +11,15 @@ import torch
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
 from ..ops.schedule import Schedule
-from . import adapters, files
+from . import adapters, files, maps
+from .capture import layers_of
 from .dispatcher import Call, Effect, attach
 from .encoders import EncoderError
 from .families import ALL, Family, family_of
 from .filter import FilterError, Prompt, Settings, keep_out, matching
-from .places import Place, group
+from .localize import ARGMAX, LocalizeEffect, Sought
+from .places import LivePlace, Place, group
+from .sites import JOINT
 from .window import course
 from .words import Words, find, length_of
 
@@ -118,8 +121,12 @@ class Regions:
         return replace(self, filters={**self.filters, name: unwanted._replace(concepts=concepts)})
 
     def drawn(self, height: int, width: int) -> torch.Tensor:
-        """(K, height, width): the regions' shares in order."""
+        """(K, height, width): the regions' shares in order; a live one has all that it may have."""
         return self.document.masks(height, width, self.masks)
+
+    def live(self) -> list[Region]:
+        """Those that are found while sampling."""
+        return [region for region in self.document.regions if region.live is not None]
 
 
 class TextEffect(Effect):
@@ -153,6 +160,7 @@ class Drawing:
     def __init__(self, regions: Regions):
         self.regions = regions
         self._drawn: tuple[tuple[int, int], torch.Tensor] | None = None
+        self._own: tuple[tuple[int, int], torch.Tensor] | None = None
 
     def shares(self, height: int, width: int) -> torch.Tensor:
         """(K, height, width)"""
@@ -160,6 +168,25 @@ class Drawing:
             fine = self.regions.drawn(self.FINER * height, self.FINER * width)
             self._drawn = (height, width), pool(fine, height, width)
         return self._drawn[1]
+
+    def own(self, height: int, width: int) -> torch.Tensor:
+        """(K, height, width): the regions' own masks, whatever the others have."""
+        if self._own is None or self._own[0] != (height, width):
+            fine = self.regions.document.drawn(self.FINER * height, self.FINER * width, self.regions.masks)
+            self._own = (height, width), pool(fine, height, width)
+        return self._own[1]
+
+    def with_live(self, height: int, width: int, found: torch.Tensor) -> torch.Tensor:
+        """(K, pictures, height, width), from the masks (N, pictures, height, width) of the live regions."""
+        document = self.regions.document
+        pictures, live = found.shape[1], iter(found)
+        masks = torch.stack(
+            [
+                own[None] * next(live) if region.live is not None else own.expand(pictures, -1, -1)
+                for region, own in zip(document.regions, self.own(height, width), strict=True)
+            ]
+        )
+        return document.shared_out(masks.flatten(1, 2)).unflatten(1, (pictures, height))
 
     def of(self, index: int) -> Callable[[int, int], torch.Tensor]:
         """What draws one region alone."""
@@ -185,24 +212,41 @@ def apply(
     if not document.regions:
         return patcher, ["Nothing done: there are no regions. The model passes through unchanged."]
     drawing = Drawing(regions)
+    finder = _finder(patcher, regions, drawing, clip, family, prompt, positive)
+    sought = {one.name: one for one in finder.sought} if finder else {}
     effects: list[Effect] = []
     lines, places, parts, prompted = [], [], [], 0
     for index, region in enumerate(document.regions):
-        share = float(drawing.shares(64, 64)[index].mean())
+        share = float((drawing.shares(64, 64) if finder is None else drawing.own(64, 64))[index].mean())
         if share == 0:
             lines.append(f"'{region.name}': nothing done, it covers no part of the picture.")
             continue
         loras = [_read(lora) for lora in region.loras] + list(regions.hung.get(region.name, ()))
         acting = not all(lora.idle() for lora in loras)
-        named = text == "span" and acting
-        policy = _span(region, clip, family, prompt, positive) if named else text
+        live = sought.get(region.name)
+        # Prompt and picture as one sequence: each step would need a bias between all positions anew. The region's words are known.
+        named = acting and (text == "span" or (text == "own" and live is not None and _jointly(family) and not region.prompt.strip()))
+        policy = text
+        if named:
+            policy = _span(region, clip, family, prompt, positive) if live is None else Words(live.bound.rows, finder.length)
         # What tells words of the common prompt is no text of its own to be read beside it.
         own = replace(region, prompt="") if named else region
         readings, told = _readings(own, clip, loras, regions.filters.get(region.name), named, prompt, positive)
         if named:
-            told.insert(0, f"Acts on the common prompt's words '{_words_of(region)}' (tokens {_listed(policy.rows)}).")
+            words = live.bound.phrase if live else _words_of(region)
+            told.insert(0, f"Acts on the common prompt's words '{words}' (tokens {_listed(policy.rows)}).")
         # A place reads one text: where a filter has a window, places of one mask take turns.
-        turns = [(Place(drawing.of(index), texts), start, end) for texts, start, end in readings]
+        if live is not None:
+            told.insert(0, _told(live, finder))
+            readings = [
+                one._replace(start=max(one.start, live.live.start), end=min(one.end, live.live.end))
+                for one in readings
+                if max(one.start, live.live.start) < min(one.end, live.live.end)
+            ]
+        turns = [
+            (Place(drawing.of(index), texts) if finder is None else LivePlace(finder.source, index, texts), start, end)
+            for texts, start, end in readings
+        ]
         before = len(effects)
         for lora in loras:
             if lora.idle():
@@ -228,7 +272,8 @@ def apply(
         places.append(turns[0][0])
         parts += [place for place, _, _ in turns]
         prompted += bool(_wanted(own))
-        lines.append("\n".join([f"'{region.name}': {share:.0%} of the picture; reads {_reads(own)}.", *told]))
+        much = f"{share:.0%} of the picture" if live is None else "found while sampling" + (f", within {share:.0%}" if share < 1 else "")
+        lines.append("\n".join([f"'{region.name}': {much}; reads {_reads(own)}.", *told]))
     if not effects:
         return patcher, [*lines, "The model passes through unchanged."]
     group(parts)
@@ -237,11 +282,55 @@ def apply(
     if isolation > 0 and isolation_end > 0 and len(places) > 1:
         effects.append(IsolationEffect(places, isolation, isolation_end))
         lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
+    if finder is not None:
+        effects.insert(0, finder)
     patcher = patcher.clone()
     for effect in effects:
         attach(patcher, effect)
     lines.append(f"What no region covers keeps the prompt ({family.name}; no model call is added).")
     return patcher, lines
+
+
+def _jointly(family: Family) -> bool:
+    return any(kind == JOINT for kind in family.rows)
+
+
+def _finder(patcher, regions: Regions, drawing: Drawing, clip, family: Family, prompt: str, positive: Sequence) -> LocalizeEffect | None:
+    """What finds the live regions, or None where there are none. Raises RegionsError and MapsError."""
+    listed = regions.document.regions
+    live = [index for index, region in enumerate(listed) if region.live is not None and region.visible and region.weight > 0]
+    if not live:
+        return None
+    if clip is None or not prompt.strip():
+        missing = "no clip is connected" if clip is None else "its text is not known: prompt is empty"
+        raise RegionsError(
+            f"Region '{listed[live[0]].name}' is found by words of the common prompt, and {missing}. Give Apply Regions the text "
+            "in prompt that positive was made from, and its CLIP."
+        )
+    length = _length(clip, family, prompt, positive)
+    sought = []
+    for index in live:
+        region = listed[index]
+        phrase = region.live.phrase.strip() or _words_of(region)
+        try:
+            (bound,) = maps.bind(clip, family, prompt, [phrase])
+            behind = tuple(maps.bind(clip, family, prompt, region.live.background.splitlines()))
+        except maps.MapsError as error:
+            raise RegionsError(f"Region '{region.name}' is found by words of the common prompt: {error}") from error
+        sought.append(Sought(region.name, index, bound, behind, region.live))
+    if len(sought) == 1 and sought[0].live.threshold == ARGMAX and not sought[0].background:
+        raise RegionsError(
+            f"Region '{sought[0].name}' is the only one that is found by words, and argmax compares: all of the picture would be its. "
+            "Choose another threshold, or give it a background."
+        )
+    return LocalizeEffect(patcher.model, layers_of(patcher.model), sought, length, drawing.with_live)
+
+
+def _told(one: Sought, finder: LocalizeEffect) -> str:
+    live = one.live
+    when = f"there from {live.start:g} to {live.end:g} of sampling" + (f", at rest from {live.until:g}" if live.until < 1 else "")
+    behind = f"; background {', '.join(item.told for item in one.background)}" if one.background else ""
+    return f"Found by {one.bound.told} in {len(finder.layers)} attentions ({live.threshold}), {when}{behind}."
 
 
 def _wanted(region: Region) -> dict[str, str]:
@@ -270,19 +359,25 @@ def _span(region: Region, clip, family: Family, prompt: str, positive: Sequence)
         raise RegionsError("text is 'span', and no clip is connected to find words with. Connect the model's CLIP, or choose another text.")
     if not prompt.strip():
         raise RegionsError("text is 'span', and prompt is empty. Connect the text that positive was made from, or choose another text.")
-    words, length = _words_of(region), length_of(clip, family, prompt)
-    rows = positive[0][0].shape[1] if positive else None
-    if rows is not None and rows < length:
-        raise RegionsError(
-            f"prompt takes {length} tokens, and positive was made from {rows}. Put the words into prompt that positive was made from."
-        )
+    words, rows = _words_of(region), _length(clip, family, prompt, positive)
     found = find(clip, family, prompt, words)
     if not found:
         raise RegionsError(
             f"The words of region '{region.name}', '{words}', are not in prompt, which is '{prompt.strip()}'. Write them there as "
             "they are in the region (its prompt, or its name where that is empty), or choose another text than 'span'."
         )
-    return Words(found, rows or length)
+    return Words(found, rows)
+
+
+def _length(clip, family: Family, prompt: str, positive: Sequence) -> int:
+    """Rows of the common prompt."""
+    length = length_of(clip, family, prompt)
+    rows = positive[0][0].shape[1] if positive else None
+    if rows is not None and rows < length:
+        raise RegionsError(
+            f"prompt takes {length} tokens, and positive was made from {rows}. Put the words into prompt that positive was made from."
+        )
+    return rows or length
 
 
 def _listed(rows: Sequence[int]) -> str:

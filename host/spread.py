@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,8 @@ class Kind(NamedTuple):
     """What calls must have in common to share a `Spread`.
 
     full: height and width of the whole latent; crops: each chunk's part of it, one for all where they are the same; names: each chunk's
-    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own.
+    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own; live: the
+    numbers of the masks that come of the sampling itself.
     """
 
     full: tuple[int, int]
@@ -37,25 +38,30 @@ class Kind(NamedTuple):
     batch: int
     tokens: int
     references: int
+    live: tuple[int, ...] = ()
 
 
 class Spread:
     """`placed` (effect by number) over one kind of call.
 
-    `places` are the distinct ones; a layer's `Shares` count them in this order.
+    `places` are the distinct ones; a layer's `Shares` count them in this order. `kept` is the sampling's, for places that come of it.
     """
 
-    def __init__(self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device):
-        self.kind, self.device = kind, device
+    def __init__(
+        self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device, kept: Mapping[Any, Any] | None = None
+    ):
+        self.kind, self.device, self._kept = kind, device, kept or {}
         # What neither brings a text nor acts on words divides no text: those places go last, and are left out of the segments.
         wordless = {place: True for place, _ in placed.values()}
         for place, text in placed.values():
             wordless[place] &= text == "none" and not place.texts and place.group == (place,)
         self.places = sorted(wordless, key=wordless.get)
         self._number = {place: index for index, place in enumerate(self.places)}
-        whole = _on(kind.full, self.places)
+        whole = self._on(self.places)
+        self._pictures = whole.shape[1]
         worded = len(self.places) - sum(wordless.values())
-        self.segments, shares = segments(self.places[:worded], whole[:worded])
+        # Maps of words are read where the common text goes through nobody's adapters, which must be asked for then.
+        self.segments, shares = segments(self.places[:worded], whole[:worded], rest=bool(kind.live))
         names = kind.names or ("",)
         self._names = names
         self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
@@ -69,8 +75,11 @@ class Spread:
         self.biases: dict = {}
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
-        """One pyramid for each crop."""
-        return [Pyramid(masks[:, c.top : c.top + c.height, c.left : c.left + c.width]) for c in self.kind.crops]
+        """One pyramid for each crop; where pictures have masks of their own, for each row of the batch."""
+        crops, pictures = self.kind.crops, masks.shape[1]
+        if pictures > 1 and len(crops) == 1:
+            crops *= max(1, len(self.kind.names))
+        return [Pyramid(masks[:, at, c.top : c.top + c.height, c.left : c.left + c.width]) for c in crops for at in range(pictures)]
 
     def read_apart(self) -> None:
         """Every segment in a softmax of its own: texts repeated to one length per segment, which no softmax notices."""
@@ -84,7 +93,7 @@ class Spread:
         several = own or any(segment.reader for segment in self.segments)
         if not several:
             self.segments, self.texts = [Segment(frozenset(range(len(self.places))), None)], [[None] * len(self.texts[0])]
-            self._shared = [Pyramid(torch.ones(1, crop.height, crop.width)) for crop in self.kind.crops]
+            self._shared = self._cut(torch.ones(1, 1, *self.kind.full))
         self.lengths = [max(self._tokens(text) for text in texts) for texts in self.texts]
         if not several and apart is None:
             return None
@@ -110,7 +119,7 @@ class Spread:
         columns = list(dict.fromkeys(names))
         key = (site, tuple(columns))
         if key not in self._of_sites:
-            chunks = list(enumerate(self._masks))
+            chunks = [(at // self._pictures, pyramid) for at, pyramid in enumerate(self._masks)]
             differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
             if len(chunks) < len(self._names) and differ:
                 chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
@@ -163,13 +172,12 @@ class Spread:
         return any(shares.missed for shares in self._of_sites.values())
 
     def apart(self, level: int, places: Sequence[Place]) -> torch.Tensor:
-        """(C or 1, tokens, tokens): how much of each position belongs to another of `places` than each other position does, from 0 to 1.
-        The rest is apart from nobody.
+        """(1, C or B: for all of the batch, each crop or each row, tokens, tokens): how much of each position belongs to another of
+        `places` than each other position does, from 0 to 1. The rest is apart from nobody.
         """
-        found, masks = [], _on(self.kind.full, places)
-        for crop in self.kind.crops:
-            cut = masks[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-            rows = Pyramid(cut).at(level).flatten(1)
+        found = []
+        for pyramid in self._cut(self._on(places)):
+            rows = pyramid.at(level).flatten(1)
             total = rows.sum(0)
             found.append((total[:, None] * total[None] - rows.t() @ rows).clamp(min=0))
         return torch.stack(found)
@@ -179,7 +187,11 @@ class Spread:
         crop = self.kind.crops[0]
         return -(-crop.height // 2**level) * -(-crop.width // 2**level)
 
-
-def _on(grid: tuple[int, int], places: Sequence[Place]) -> torch.Tensor:
-    """(K, height, width)"""
-    return torch.stack([place.on(*grid) for place in places]) if places else torch.zeros(0, *grid)
+    def _on(self, places: Sequence[Place]) -> torch.Tensor:
+        """(K, pictures, height, width); one picture where all are alike, or where the call's rows are others than the sampling's."""
+        kind = self.kind
+        if not places:
+            return torch.zeros(0, 1, *kind.full)
+        masks = torch.stack(torch.broadcast_tensors(*(place.on(*kind.full, self._kept) for place in places)))
+        known = masks.shape[1] * max(1, len(kind.names)) == kind.batch
+        return masks if known else masks.mean(1, keepdim=True)

@@ -324,6 +324,12 @@ class RegionsToMasks(io.ComfyNode):
     def execute(cls, regions, width, height) -> io.NodeOutput:
         if not regions.names():
             raise ValueError("There are no regions, so there are no masks. Add a region first.")
+        if regions.live():
+            listed = ", ".join(f"'{region.name}'" for region in regions.live())
+            raise ValueError(
+                f"{listed}: found by words while a picture is sampled, so there is no mask before. Maps of Words, behind the sampler, "
+                "draws where the model put them."
+            )
         return io.NodeOutput(regions.drawn(height, width))
 
 

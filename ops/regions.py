@@ -27,6 +27,7 @@ VERSION = 1
 UNIT = 10_000
 MOST = 64
 LONGEST = 2_000_000  # characters of JSON: it goes into every saved picture
+THRESHOLDS = ("argmax", "otsu", "quantile", "median", "soft")
 OVERLAPS = ("normalize", "priority", "max")
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 REACH = 2 * UNIT  # how far outside of the canvas a coordinate may lie
@@ -48,8 +49,32 @@ class LoraFile:
 
 
 @dataclass(frozen=True)
+class Live:
+    """A region found while the picture is sampled, where the model attends to a phrase of the common prompt.
+
+    phrase: empty for the region's prompt, or its name; background: phrases, one in each line, that stand for what is no region; threshold:
+    one of THRESHOLDS, with its level; smoothing: how much of the map before stays in each step; start, end: shares of sampling between
+    which the region is there; until: that after which it stays where it is; largest: its largest part alone; grown: by how many cells of
+    the map it reaches further.
+    """
+
+    phrase: str = ""
+    background: str = ""
+    threshold: str = "argmax"
+    level: float = 0.5
+    smoothing: float = 0.5
+    start: float = 0.1
+    end: float = 1.0
+    until: float = 1.0
+    largest: bool = False
+    grown: int = 0
+
+
+@dataclass(frozen=True)
 class Region:
-    """One region. `rest`: it has what the others leave, and no shapes. weight multiplies its mask; feather: a share of the shorter side."""
+    """One region. `rest`: it has what the others leave, and no shapes. weight multiplies its mask; feather: a share of the shorter side;
+    live: it is found while sampling, within its shapes where it has any.
+    """
 
     name: str
     colour: str = COLOURS[0]
@@ -62,6 +87,7 @@ class Region:
     feather: float = 0.0
     visible: bool = True
     locked: bool = False
+    live: Live | None = None
 
 
 @dataclass(frozen=True)
@@ -75,18 +101,30 @@ class Document:
         """(K, height, width) float32, in region order: sums of at most 1, whatever the weights. Invisible regions have none of it. `given`
         masks (of any size) stand for the shapes of the regions of their names.
         """
+        return self.shared_out(self.drawn(height, width, given))
+
+    def drawn(self, height: int, width: int, given: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """(K, height, width): each region's own mask, whatever the others have, and nothing for the rest. A live one without shapes may
+        be anywhere.
+        """
         if not self.regions:
             return torch.zeros(0, height, width)
-        raw, weights = [], []
-        for region in self.regions:
-            if region.rest:
-                continue
-            if given and region.name in given:
-                raw.append(pool(given[region.name][None].float(), height, width)[0] * region.visible)
-            else:
-                raw.append(rasterize(region.shapes if region.visible else (), height, width, region.feather))
-            weights.append(region.weight)
-        shared = combine(torch.stack(raw), torch.tensor(weights), self.overlap) if raw else torch.zeros(0, height, width)
+        return torch.stack([self._drawn(region, height, width, given or {}) for region in self.regions])
+
+    def _drawn(self, region: Region, height: int, width: int, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if region.name in given and not region.rest:
+            return pool(given[region.name][None].float(), height, width)[0] * region.visible
+        if region.live is not None and not region.shapes:
+            return torch.full((height, width), float(region.visible))
+        return rasterize(region.shapes if region.visible else (), height, width, region.feather)
+
+    def shared_out(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Masks (K, height, width) by weights, the overlap rule and what is left to the rest."""
+        if not self.regions:
+            return drawn
+        at = [index for index, region in enumerate(self.regions) if not region.rest]
+        weights = torch.tensor([self.regions[index].weight for index in at])
+        shared = combine(drawn[at], weights, self.overlap) if at else drawn[:0]
         left, own = (1 - shared.sum(0)).clamp(min=0), iter(shared)
         rests = sum(region.rest for region in self.regions)
         return torch.stack([left * (region.weight * region.visible / rests) if region.rest else next(own) for region in self.regions])

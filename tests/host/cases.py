@@ -195,6 +195,7 @@ PLUMBING = {
     "ConceptNodes_RegionLoRA": "adds to a list; what the list does on a model is Apply Regions' case",
     "ConceptNodes_RegionSlider": "adds to a list; test_slider.py holds that it acts as a region's LoRA does",
     "ConceptNodes_RegionFilter": "adds to a list; test_region_filter.py holds what is read where, and that nothing to do is nothing",
+    "ConceptNodes_Localize": "adds to a list; test_localize.py holds the laws for what such a list does on a model",
     "ConceptNodes_RegionsToMasks": "draws masks; test_regions.py holds what they are",
     "ConceptNodes_SliderTrainText": "trains a file; test_training.py holds what it is",
     "ConceptNodes_SliderTrainImages": "trains a file; test_training.py holds what it is",

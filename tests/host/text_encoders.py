@@ -1,5 +1,6 @@
 """Small CLIPs of the host's own classes with seeded random weights, and the host's own tokenizers."""
 
+import copy
 from functools import cache
 
 import comfy.sd
@@ -50,3 +51,13 @@ def build(kind: str):
 def encode(clip, text: str) -> list:
     """CONDITIONING of a text, as the host's text node makes it."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def short(kind: str, rows: int = 7):
+    """A CLIP whose tokenizers make so many rows of a text that fits into them."""
+    clip = build(kind).clone()
+    clip.tokenizer = copy.deepcopy(clip.tokenizer)
+    for tokenizer in vars(clip.tokenizer).values():
+        if hasattr(tokenizer, "max_length"):
+            tokenizer.max_length, tokenizer.min_length = (rows, None) if tokenizer.pad_to_max_length else (tokenizer.max_length, rows)
+    return clip

@@ -1,0 +1,311 @@
+"""Regions found by words while a picture is sampled: masks of the running model's own attention."""
+
+from collections import OrderedDict
+
+import models
+import pytest
+import sampling
+import state
+import text_encoders
+import torch
+
+from concept_nodes.host import capture, localize
+from concept_nodes.host.dispatcher import attach
+from concept_nodes.host.localize import Masks, Sought, cut
+from concept_nodes.host.maps import Bound
+from concept_nodes.host.places import LivePlace, group
+from concept_nodes.host.regions import Hung, Regions, RegionsError, TextEffect
+from concept_nodes.host.run_record import find
+from concept_nodes.nodes.localize import Localize
+from concept_nodes.nodes.maps import Maps
+from concept_nodes.nodes.regions import RegionLoRA, RegionsApply, RegionSlider, RegionsToMasks
+from concept_nodes.ops.masks import Box
+from concept_nodes.ops.regions import Live, Region
+
+KINDS = list(models.KINDS)
+CLOSE = {"rtol": 1e-4, "atol": 2e-4}
+TEXT = "cat dog"  # of five rows or fewer, as all samplings of models.sample read seven
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests(monkeypatch):
+    monkeypatch.setattr(capture, "_captures", OrderedDict())
+
+
+def sought(phrases=1, background=0, **live):
+    behind = tuple(Bound("behind", (1,), "") for _ in range(background))
+    return [Sought(str(index), index, Bound("x", (index,), ""), behind, Live(**live)) for index in range(phrases)]
+
+
+class TestMasks:
+    @pytest.mark.parametrize("n", [4, 9, 25, 64])
+    def test_the_median_lets_half_of_the_places_in(self, n):
+        maps = torch.rand(3, 1, 1, n).argsort(-1).float()
+        mask = cut(maps, sought(threshold="median"), 1, n)
+        assert mask.sum((0, 2, 3)).tolist() == [n // 2] * 3
+
+    @pytest.mark.parametrize("threshold", ["median", "otsu", "quantile", "soft"])
+    def test_a_map_that_is_the_same_all_over_is_nowhere(self, threshold):
+        for value in (0.0, 0.3):
+            mask = cut(torch.full((2, 1, 8, 8), value), sought(threshold=threshold), 16, 16)
+            assert torch.equal(mask, torch.zeros(1, 2, 16, 16))
+
+    def test_order_of_phrases_does_not_matter(self):
+        maps = models.seeded((2, 3, 8, 8), 1).exp()
+        turned = cut(maps[:, [2, 0, 1]], sought(3), 16, 16)
+        assert torch.equal(turned, cut(maps, sought(3), 16, 16)[[2, 0, 1]])
+
+    def test_argmax_shares_all_out_and_a_background_takes_its_part(self):
+        maps = models.seeded((2, 4, 8, 8), 1).exp()
+        alone = cut(maps[:, :2], sought(2), 8, 8)
+        assert torch.equal(alone.sum(0), torch.ones(2, 8, 8))
+        behind = cut(maps, sought(2, background=1), 8, 8)
+        assert ((behind == 0) | (alone == 1)).all()
+        assert behind.sum() < alone.sum()
+
+    def test_a_picture_does_not_see_the_others(self):
+        maps = models.seeded((3, 2, 8, 8), 1).exp()
+        for threshold in ("argmax", "otsu", "median", "soft"):
+            every = cut(maps, sought(2, threshold=threshold), 16, 16)
+            one = cut(maps[1:2], sought(2, threshold=threshold), 16, 16)
+            assert torch.equal(every[:, 1:2], one)
+
+    def test_steps_are_smoothed_and_stay_where_they_are_told_to(self):
+        masks = Masks([*sought(1, smoothing=0.75), *sought(1, smoothing=0.0)], lambda height, width, found: found)
+        first, second, third = (models.seeded((1, 16, 2), seed).exp() for seed in (1, 2, 3))
+
+        def follow(maps, step, moving=(True, True)):
+            masks.add((4, 4), maps, moving)
+            return masks.version(step)
+
+        def relative(maps):
+            maps = maps.transpose(1, 2).unflatten(-1, (4, 4))
+            return maps / maps.mean((-2, -1), keepdim=True)
+
+        assert masks.version(0) == 0 and not masks.shares(4, 4).any()
+        assert follow(first, 1) == 1
+        torch.testing.assert_close(masks.maps, relative(first))
+        masks.add((4, 4), second, (True, True))
+        assert masks.version(1) == 1  # another call of the same step
+        assert masks.version(2) == 2
+        torch.testing.assert_close(masks.maps[:, 0], 0.75 * relative(first)[:, 0] + 0.25 * relative(second)[:, 0])
+        torch.testing.assert_close(masks.maps[:, 1], relative(second)[:, 1])
+        before = masks.maps.clone()
+        follow(third, 3, (False, True))
+        assert torch.equal(masks.maps[:, 0], before[:, 0])
+        torch.testing.assert_close(masks.maps[:, 1], relative(third)[:, 1])
+
+
+def kind_of(model) -> str:
+    return next(kind for kind, (config, _) in models.KINDS.items() if type(model.model.model_config) is config)
+
+
+def execute(model, strength=0.8, text="own", mask=None, names=("cat", "dog"), **live):
+    """Two words found in a prompt of seven rows, a LoRA on each."""
+    settings = {
+        "threshold": "argmax",
+        "level": 0.5,
+        "smoothing": 0.5,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "freeze_percent": 1.0,
+    } | live
+    regions = None
+    for seed, name in enumerate(names):
+        (regions,) = Localize.execute(
+            name, "", "none", strength, regions=regions, lora=models.lora(model, seed=seed), mask=mask, **settings
+        ).result
+    return put(model, regions, text)
+
+
+def put(model, regions, text="own", **options):
+    given = {"clip": text_encoders.short(kind_of(model)), "prompt": TEXT} | options
+    return RegionsApply.execute(model, [], [], regions, text, **given)
+
+
+def acts(*args, **options):
+    return execute(*args, **options).result[0]
+
+
+def slid(model, start, seed=0, **options):
+    """The same LoRA everywhere."""
+    regions = Regions().with_region(Region("all", shapes=(Box(0, 0, 1, 1),)))
+    regions = regions.with_lora("all", Hung("random", models.lora(model, seed=seed), 0.8, 0.0, start))
+    return RegionsApply.execute(model, [], [], regions, **options).result[0]
+
+
+class TestLaws:
+    @each_kind
+    def test_zero_is_nothing(self, kind):
+        model = models.build(kind)
+        expected = models.sample(model, batch=2)
+        for neutral in ({"strength": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"mask": torch.zeros(8, 8)}):
+            assert torch.equal(models.sample(acts(model, **neutral), batch=2), expected), neutral
+
+    @each_kind
+    def test_it_acts_and_says_so(self, kind):
+        model = models.build(kind)
+        output = execute(model)
+        out = models.sample(output.result[0])
+        assert not torch.equal(out, models.sample(model))
+        assert "'cat': found while sampling" in output.result[-1] and "'cat': token 1 (one place)" in output.result[-1].replace(
+            "token 0", "token 1"
+        )
+        told = find(out).describe()
+        assert "Maps of 'cat', 'dog'" in told and "of the picture at the end" in told and "none of them added" in told
+
+    @pytest.mark.parametrize("way", sampling.WAYS)
+    def test_every_way_to_sample(self, way):
+        model = models.build()
+        assert not torch.equal(sampling.WAYS[way](acts(model)), sampling.WAYS[way](model))
+
+    @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+    def test_no_call_is_added(self, sampler):
+        model = models.build()
+        assert sampling.count_calls(acts(model), sampler=sampler) == sampling.count_calls(model, sampler=sampler)
+
+    @pytest.mark.parametrize("situation", sampling.SITUATIONS)
+    def test_nothing_is_mutated(self, situation):
+        situation = sampling.situation(situation, ())
+        model = situation.model()
+        expected, before = situation.plain(model), state.of_model(model.model)
+        acting = acts(model)
+        acting_before = state.of_patcher(acting)
+        situation.run(acting, model)
+        assert state.differences(acting_before, state.of_patcher(acting)) == []
+        assert state.differences(before, state.of_model(model.model)) == []
+        assert torch.equal(situation.plain(model), expected)
+
+
+class TestMasksOfARun:
+    @each_kind
+    @pytest.mark.parametrize("text", ["own", "all"])
+    def test_where_it_is_everywhere_it_is_the_plain_lora(self, kind, text):
+        """From the second step on, as the first has to show it. (On Flux, 'own' acts on the region's own words: see below.)"""
+        if kind == "flux" and text == "own":
+            pytest.skip("acts on its own words there")
+        model = models.build(kind)
+        live = acts(model, text=text, names=("cat",), threshold="quantile", level=0.0, start_percent=0.2)
+        torch.testing.assert_close(models.sample(live, batch=2), models.sample(slid(model, 0.2, text=text), batch=2), **CLOSE)
+
+    def test_on_flux_it_acts_on_its_own_words(self):
+        model = models.build("flux")
+        live = {"names": ("cat",), "threshold": "median"}
+        assert torch.equal(models.sample(acts(model, **live)), models.sample(acts(model, text="span", **live)))
+        assert "Acts on the common prompt's words 'cat'" in execute(model, **live).result[-1]
+
+    @each_kind
+    def test_each_picture_of_a_batch_has_its_own(self, kind):
+        model = models.build(kind)
+        acting = acts(model, threshold="otsu")
+        both, alone = models.sample(acting, batch=3), models.sample(acting)
+        torch.testing.assert_close(both[:1], alone, **CLOSE)
+
+    @each_kind
+    def test_however_the_conditions_are_laid_out(self, kind):
+        model = models.build(kind)
+        expected = models.sample(acts(model))
+        for way in (sampling.one_by_one, sampling.turned_around, lambda model: sampling.one_by_one(model, -1)):
+            torch.testing.assert_close(models.sample(way(acts(model))), expected, **CLOSE)
+
+    @each_kind
+    def test_nothing_stays_from_run_to_run(self, kind):
+        acting = acts(models.build(kind))
+        first, larger = models.sample(acting), models.sample(acting, size=12)
+        sampling.interrupted(acting, None)
+        assert torch.equal(models.sample(acting), first)
+        assert torch.equal(models.sample(acting, size=12), larger)
+
+    def test_a_drawn_mask_bounds_it(self):
+        model = models.build()
+        left = torch.zeros(1, 64, 64)
+        left[..., :32] = 1
+        seen = watch_masks(acts(model, mask=left, threshold="median"))
+        assert seen.any() and not seen[..., 4:].any()
+
+    def test_it_meets_drawn_regions_and_the_rest(self):
+        model = models.build()
+        regions = Regions().with_region(Region("top", shapes=(Box(0, 0, 1, 0.5),)))
+        regions = regions.with_region(Region("cat", live=Live(threshold="median", start=0.0))).with_region(Region("rest", rest=True))
+        for name in ("top", "cat", "rest"):
+            regions = regions.with_lora(name, Hung(name, models.lora(model, seed=len(name))))
+        top, cat, rest = watch_masks(put(model, regions).result[0])
+        torch.testing.assert_close(top + cat + rest, torch.ones(1, 8, 8))
+        assert cat[..., 4:, :].any() and rest.any() and float(top[..., :4, :].min()) >= 0.5
+
+    def test_maps_of_words_draws_the_same_run(self):
+        model = models.build()
+        out = models.sample(acts(model))
+        latent, clip = {"samples": out}, text_encoders.short("sd15")
+        masks, *_ = Maps.execute(latent, clip, TEXT, "cat\ndog", threshold="argmax").result
+        assert masks.shape == (2, 64, 64) and 0 < float(masks[0].mean()) < 1
+
+    def test_regions_of_their_own_texts_are_found_by_the_common_one(self):
+        model = models.build()
+        common = models.conditioning(model, 10)[0][0]
+        source = localize.LocalizeEffect(model.model, capture.layers_of(model.model), sought(2), 7, lambda h, w, found: found)
+        for texts in ({"positive": common}, {"positive": models.seeded((1, 9, models.CONTEXT), 3)}):
+            acting = model.clone()
+            attach(acting, source)
+            places = [LivePlace(source.source, index, texts) for index in range(2)]
+            group(places)
+            for place in places:
+                attach(acting, TextEffect("reads", place))
+            seen = watch_masks(acting)
+            torch.testing.assert_close(seen.sum(0), torch.ones(1, 8, 8))
+            assert 0 < float(seen[0].mean()) < 1 and not [note for note in find(models.sample(acting)).notes if "could not be read" in note]
+
+
+def watch_masks(acting) -> torch.Tensor:
+    """(K, pictures, 8, 8) of the last step of a run."""
+    finder = next(effect for effect in acting.get_attachment("concept_nodes") if isinstance(effect, localize.LocalizeEffect))
+    seen, come_out = [], finder.come_out
+
+    def watch(this, latents):
+        seen.append(this.kept[finder.source].shares(8, 8))
+        come_out(this, latents)
+
+    finder.come_out = watch
+    models.sample(acting)
+    return seen[0]
+
+
+class TestNodes:
+    def test_what_hangs_on_regions_hangs_on_these(self):
+        model = models.build()
+        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        lora = models.lora(model)
+        (loras,) = RegionLoRA.execute(regions, "cat", "none", 0.8, 0.0, 0.0, 1.0, lora).result
+        (sliders,) = RegionSlider.execute(regions, "cat", "none", 0.8, 0.0, 1.0, lora).result
+        expected = models.sample(acts(model, names=("cat",), threshold="median"))
+        own = Localize.execute("cat", "", "none", 0.8, "median", 0.5, 0.5, 0.0, 1.0, 1.0, lora=models.lora(model)).result[0]
+        expected = models.sample(put(model, own).result[0])
+        for hung in (loras, sliders):
+            assert torch.equal(models.sample(put(model, hung).result[0]), expected)
+
+    def test_words_that_are_not_in_the_prompt(self):
+        with pytest.raises(RegionsError, match=r"'bird'.*'bird' is not in the prompt.*cat, dog|'bird'.*'cat', 'dog'"):
+            acts(models.build(), names=("bird", "cat"))
+
+    @pytest.mark.parametrize("missing", [{"clip": None}, {"prompt": " "}])
+    def test_nothing_to_find_words_with(self, missing):
+        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        with pytest.raises(RegionsError, match="found by words of the common prompt"):
+            put(models.build(), regions, **missing)
+
+    def test_argmax_of_one(self):
+        with pytest.raises(RegionsError, match="argmax compares"):
+            acts(models.build(), names=("cat",))
+
+    @pytest.mark.parametrize(
+        "wrong", [{"smoothing": 0.99}, {"level": float("nan")}, {"freeze_percent": 2.0}, {"start_percent": 0.9, "end_percent": 0.1}]
+    )
+    def test_numbers_that_cannot_be(self, wrong):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            acts(models.build(), **wrong)
+
+    def test_there_is_no_mask_before_the_run(self):
+        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        with pytest.raises(ValueError, match="'cat': found by words while a picture is sampled.*Maps of Words"):
+            RegionsToMasks.execute(regions, 64, 64)
