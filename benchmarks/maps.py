@@ -235,5 +235,23 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     return figures, arms
 
 
+def table(figures: dict[str, Figure]) -> str:
+    """What maps reach, by model and size, as lines of Markdown."""
+    titles = {
+        "miou": "ours",
+        "miou_ceiling": "ceiling",
+        "miou_of_ceiling": "of ceiling",
+        "raw_miou": "raw",
+        "raw_best_miou": "raw, best cut",
+    }
+    lines = [f"| | {' | '.join(titles.values())} |", "|---" * (len(titles) + 1) + "|"]
+    for kind in lab.MODELS:
+        for size, tail in ((SIZE, ""), (2 * SIZE, f"_{2 * SIZE}")):
+            own = [figures[f"{kind}_map_{key}{tail}"] for key in titles]
+            told = " | ".join(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in own)
+            lines.append(f"| {'UNet' if kind == 'unet' else 'DiT'}, {size} px (n={own[0].n}) | {told} |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
     return run("maps", argv, _measure, CLAIMS)
