@@ -74,7 +74,7 @@ class Adapted:
     def _through(module, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if down.ndim == 2:
             return F.linear(F.linear(x, down), up)
-        return F.conv2d(F.conv2d(x, down, None, module.stride, module.padding), up)
+        return F.conv2d(F.conv2d(x, down, None, module.stride, module.padding), up[..., None, None])
 
 
 def spread_out(mask: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
