@@ -200,10 +200,12 @@ class Tap:
     tokens        positions of the picture (a Flux sequence may have more, for reference pictures); 0 where that need not be known
     first, words  of the keys those of the common text, where several texts lie behind one another; no words for all of them
     seen          (rows, positions, words) what the call showed, by source
+    then          who is told what a cross-attention shows before the call goes on
     """
 
     def __init__(self):
         self.rows: torch.Tensor | None = None
+        self.then: Callable[[torch.Tensor], None] | None = None
         self.batch = self.tokens = self.first = self.words = 0
         self.held: dict[str, Any] = {}
         self.seen: dict[str, torch.Tensor] = {}
@@ -270,6 +272,8 @@ class Keys(Reading):
             keys = output[:, tap.first : tap.first + tap.words] if tap.words else output
             q, k = (split_heads(tap.pick(part), self.heads) for part in (tap.held["q"], keys))
             tap.seen = {ATTENTION: columns(q, k)}
+            if tap.then is not None:
+                tap.then(tap.seen[ATTENTION])
         tap.held = {}
 
 
@@ -353,10 +357,13 @@ class Block(Reading):
         k = apply_rope1(tap.pick(k), turns[:, :, words:])
         seen = {}
         if self.shown:
-            keys = torch.cat([apply_rope1(tap.pick(text_k), turns[:, :, :words]), k], 2)
+            several = 0 < tap.words < words  # where everything would see the common text, not where it does
+            own = slice(tap.first, tap.first + tap.words) if several else slice(words)
+            keys = torch.cat([apply_rope1(tap.pick(text_k)[:, :, own], turns[:, :, own]), k], 2)
             asked = apply_rope1(tap.pick(q), turns[:, :, words:])[:, :, : tap.tokens]
-            bias = None if mask is None else _bias(mask if len(mask) == 1 else tap.pick(mask), words, tap.tokens)
-            seen[ATTENTION] = columns(asked, keys, 0, words, bias)
+            plain = several or mask is None
+            bias = None if plain else _bias(mask if len(mask) == 1 else tap.pick(mask), words, tap.tokens)
+            seen[ATTENTION] = columns(asked, keys, 0, own.stop - (own.start or 0), bias)
         if self.stream is not None:
             vec = tap.pick(kwargs["vec"])
             if self.first:

@@ -115,6 +115,7 @@ class Effect:
     text: str | Words = "own"
     apart: tuple[Place, ...] = ()
     asks = False  # whether it needs what projections of words give in every call, kept keys and values or not
+    behind: Mapping[str, str] = {}  # modules whose masks it draws anew in each call, and by what name it calls those it draws at once
 
     def __init__(self, name: str, parts: Mapping[str, Part]):
         self.name, self.parts = name, parts
@@ -369,11 +370,11 @@ class Run:
         self.reads_jointly = masked and any(kind == JOINT for kind in family_of(patcher.model).rows)
         self.joint: Joint | None = None
         self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
+        self.behind = {name: key for effect in self.effects for name, key in effect.behind.items()}
         self.notes: dict[str, None] = {}
         self._around: list[tuple[str, CrossAct | SelfAct]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self.spread: Spread | None = None  # of the call under way
-        self._live: tuple[int, ...] = ()
         self._key = self._told = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         self._spreads: dict[tuple, Spread] = {}
@@ -398,9 +399,9 @@ class Run:
             self._acts = {name: self._join(name, *key) for name in self.modules}
             self._key, self._told = key, None
             self._settings.clear()
-        told = (strengths, self._kind(call, active))
+        told = (strengths, self._kind(call, active), self._live(active))
         if told != self._told:
-            self._tell(strengths, told[1], active, call)
+            self._tell(*told, active, call)
             self._told = told
         self._open.append((self._key, self._acts, told, active, call))
         for index in active:
@@ -411,7 +412,7 @@ class Run:
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
-                act.of = None if kept is None else (kept, told[1])
+                act.of = None if kept is None else (kept, told[1:])
         return [Around(self.patcher.model.get_submodule(name), act) for name, act in self._around] + layers
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
@@ -488,24 +489,22 @@ class Run:
         if len(set(crops)) == 1:
             crops = crops[:1]
         tokens = call.context.shape[1] if call.context is not None else 0
+        return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references)
+
+    def _live(self, active: tuple[int, ...]) -> tuple[int, ...]:
+        """The numbers of the masks that come of the sampling itself, where any do."""
         places = [place for index in active for place in (self.effects[index].place, *self.effects[index].apart)]
         sources = dict.fromkeys(place.source for place in places if place is not None and place.source is not None)
-        live = tuple(self.sampling.kept[source].version(len(self.sampling.ended)) for source in sources)
-        return Kind(full, tuple(crops), tuple(names), len(call.x), tokens, call.references, live)
+        return tuple(self.sampling.kept[source].version(len(self.sampling.ended)) for source in sources)
 
-    def _tell(self, strengths: tuple[Strength, ...], kind: Kind | None, active: tuple[int, ...], call: Call) -> None:
+    def _tell(self, strengths: tuple[Strength, ...], kind: Kind | None, live: tuple[int, ...], active: tuple[int, ...], call: Call) -> None:
         """Hand strengths and places to the acts."""
         self.joint, self._around = None, []
-        live = kind.live if kind else ()
-        if live != self._live:  # masks that come no more
-            self._spreads.clear()
-            self._settings.clear()
-        if self._told is None or self._told[0] != strengths or live != self._live:
+        if self._told is None or (self._told[0], self._told[2]) != (strengths, live):
             for cross in self.crosses.values():
                 cross.forget()
-        self._live = live
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}
-        spread = self.spread = self._spread(kind, active, placed, call) if kind else None
+        spread = self.spread = self._spread(kind, live, active, placed, call) if kind else None
         settings = self._settings.pop((strengths, kind), None)
         if settings is None:
             settings = list(self._made(strengths, placed, spread))
@@ -528,16 +527,18 @@ class Run:
                 if not own:
                     yield act, act.setting(values)
                 else:
-                    numbers, shares = spread.shares(self.sites[name], own)
+                    numbers, shares = spread.shares(self.sites[name], own, self.behind.get(name, ""))
                     number_of = dict(zip(own, numbers, strict=True))
                     yield act, act.setting(values, [number_of.get(index) for index in members], shares)
 
-    def _spread(self, kind: Kind, active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
+    def _spread(self, kind: Kind, live: tuple[int, ...], active: tuple[int, ...], placed: Mapping, call: Call) -> Spread:
         # A joint sequence depends on isolation's strength, which is part of its bias; a spread for cross-attention does not.
         apart = tuple((index, self.strengths[index](call)) for index in active if self.effects[index].apart)
         key = (kind, active, call.x.device, apart if self.reads_jointly else ())
-        if key not in self._spreads:
-            spread = Spread(kind, placed, call.x.device, self.sampling.kept)
+        if key not in self._spreads or self._spreads[key].live != live:
+            spread = self._spreads.get(key) or Spread(kind, placed, call.x.device, self.sampling.kept)
+            if spread.live != live:
+                spread.follow(live)
             if self.reads_jointly:
                 level = patch_level(call.model)
                 few = spread.tokens(level) ** 2 * len(kind.crops) <= self.MOST_PAIRS
@@ -548,6 +549,7 @@ class Run:
                 spread.joint = spread.read_jointly(own, sum(biases) if biases else None, level)
             else:
                 spread.read_apart()
+            spread.refresh()
             while len(self._spreads) >= self.SPREADS:
                 self._spreads.pop(next(iter(self._spreads)))
             self._spreads[key] = spread

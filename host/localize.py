@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .dispatcher import Call, Run
 from .maps import Bound, together
 from .window import Window
 
+BLOCK = "block"
 ARGMAX, OTSU, QUANTILE, MEDIAN, SOFT = "argmax", "otsu", "quantile", "median", "soft"
 
 
@@ -86,6 +88,16 @@ class Masks:
             return torch.zeros(len(self.sought), 1, height, width)
         return cut(self.maps, self.sought, height, width)
 
+    def within(self, maps: torch.Tensor) -> torch.Tensor:
+        """(K, pictures, h, w): the regions' shares by the maps (pictures, N + M, h, w) of one attention, where they are sought in each by
+        itself; by the steps before for others.
+        """
+        own = cut(ops.relative(maps), self.sought, *maps.shape[-2:])
+        by_block = torch.tensor([one.live.scope == BLOCK for one in self.sought], device=own.device)[:, None, None, None]
+        if not bool(by_block.all()):
+            own = torch.where(by_block, own, self.masks(*maps.shape[-2:]).to(own))
+        return self.share_out(*maps.shape[-2:], own)
+
     def shares(self, height: int, width: int) -> torch.Tensor:
         """(K, pictures, height, width) of all regions."""
         if (height, width) not in self._shares:
@@ -133,6 +145,8 @@ class LocalizeEffect(CaptureEffect):
         self.sought, self.length, self.share_out = tuple(sought), length, share_out
         super().__init__(model, layers, 0.0, max(one.live.until for one in sought))
         self.source = source or object()
+        if any(one.live.scope == BLOCK for one in sought):
+            self.behind = behind(model, layers)
         self.name = f"Maps of {', '.join(repr(one.bound.phrase) for one in sought)} in {len(layers)} layers"
 
     def again(self, model) -> LocalizeEffect:
@@ -175,8 +189,22 @@ class LocalizeEffect(CaptureEffect):
                 words = 0
             else:
                 first = sum(spread.lengths[:at])
-        for tap in self.taps.values():
+        gates = bool(self.open) and spread is not None and bool(self.behind)
+        for name, tap in self.taps.items():
             tap.first, tap.words = first, words
+            tap.then = partial(self._gate, name) if gates and name in self.behind.values() else None
+
+    def _gate(self, name: str, maps: torch.Tensor) -> None:
+        """What an attention shows is where the regions are on the layers behind it, in the same call."""
+        now = self.open[-1]
+        each = len(maps) // max(1, len(now.chunks))
+        for number, (entry, part) in enumerate(now.chunks):
+            grid = grid_at(self.found.latent, self.levels[name])
+            if entry == 0 and part == (0, 0, *self.found.latent) and maps.shape[1] == grid[0] * grid[1]:
+                own = self._of_phrases(maps[number * each : (number + 1) * each])
+                if own is not None:
+                    shares = self.masks.within(own.transpose(1, 2).unflatten(-1, grid))
+                    self.run.spread.draw(name, self.source, shares)
 
     def _add(self, name: str, source: str, maps: torch.Tensor, now: Now, words: int) -> bool:
         if not super()._add(name, source, maps, now, words):
@@ -190,10 +218,32 @@ class LocalizeEffect(CaptureEffect):
 
     def _follow(self, name: str, maps: torch.Tensor, part: tuple[int, int, int, int]) -> None:
         """Maps (pictures, positions, words) of a layer in one call, of the whole picture."""
-        if part != (0, 0, *self.found.latent) or maps.shape[-1] % self.length:
-            return
+        picked = self._of_phrases(maps) if part == (0, 0, *self.found.latent) else None
+        if picked is not None:
+            level = self.levels.get(name, self.patch)
+            self.masks.add(grid_at(self.found.latent, level), picked, self.moving)
+
+    def _of_phrases(self, maps: torch.Tensor) -> torch.Tensor | None:
+        """(pictures, positions, phrases) of (pictures, positions, words); None where these are no repeats of the prompt."""
+        if maps.shape[-1] % self.length:
+            return None
         maps = ops.fold(maps, self.length)
         phrases = [one.bound for one in self.sought] + [bound for one in self.sought for bound in one.background]
-        picked = torch.stack([maps[..., list(bound.rows)].mean(-1) for bound in phrases], -1)
-        level = self.levels.get(name, self.patch)
-        self.masks.add(grid_at(self.found.latent, level), picked, self.moving)
+        return torch.stack([maps[..., list(bound.rows)].mean(-1) for bound in phrases], -1)
+
+
+def behind(model, attentions: Sequence[str]) -> dict[str, str]:
+    """The layers of a UNet whose input has been through one of `attentions` and through no later one, by name, and its name: within their
+    spatial transformer the rest of the block, the beginning of the next, and what projects out.
+    """
+    found = {}
+    for name in attentions:
+        blocks, _, number = name.removesuffix(".attn2").rpartition(".")
+        spatial, own, after = blocks.rpartition(".")[0], f"{blocks}.{number}.", f"{blocks}.{int(number) + 1}."
+        last = not any(other.startswith(after) for other, _ in model.named_modules())
+        for other, _ in model.named_modules():
+            rest = other.startswith((f"{own}attn2.to_out", f"{own}ff."))
+            ahead = other.startswith(after) and not other.startswith((f"{after}attn2.to_out", f"{after}attn2.to_k", f"{after}attn2.to_v"))
+            if rest or (ahead and ".ff." not in other) or (last and other.startswith(f"{spatial}.proj_out")):
+                found[other] = name
+    return found

@@ -77,11 +77,11 @@ class Segment(NamedTuple):
     reader: Place | None
 
 
-def segments(places: Sequence[Place], masks: torch.Tensor, rest: bool = False) -> tuple[list[Segment], torch.Tensor]:
+def segments(places: Sequence[Place], masks: torch.Tensor, every: bool = False) -> tuple[list[Segment], torch.Tensor]:
     """The segments that have any share, and their shares (S, ...), from the masks (K, ...) of `places`.
 
-    Of several texts for one position, that of the group that came last is read. rest: what no place has comes first even where there is
-    nothing of it.
+    Of several texts for one position, that of the group that came last is read. every: those too that have
+    nothing.
     """
     at = {id(place): index for index, place in enumerate(places)}
     found = [(Segment(frozenset(), None), torch.ones(masks.shape[1:]))]
@@ -97,7 +97,7 @@ def segments(places: Sequence[Place], masks: torch.Tensor, rest: bool = False) -
         for segment, share in found:
             for chosen, own in choices:
                 both = share * own
-                if both.any() or (rest and chosen is None and segment.reader is None and not segment.places):
+                if every or both.any():
                     one = (
                         segment
                         if chosen is None

@@ -17,7 +17,7 @@ from .dispatcher import Call, Effect, attach
 from .encoders import EncoderError
 from .families import ALL, Family, family_of
 from .filter import FilterError, Prompt, Settings, keep_out, matching
-from .localize import ARGMAX, LocalizeEffect, Sought
+from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought
 from .places import LivePlace, Place, group
 from .sites import JOINT
 from .window import course
@@ -121,7 +121,7 @@ class Regions:
         return replace(self, filters={**self.filters, name: unwanted._replace(concepts=concepts)})
 
     def drawn(self, height: int, width: int) -> torch.Tensor:
-        """(K, height, width): the regions' shares in order; a live one has all that it may have."""
+        """(K, height, width): the regions' shares in order."""
         return self.document.masks(height, width, self.masks)
 
     def live(self) -> list[Region]:
@@ -170,20 +170,25 @@ class Drawing:
         return self._drawn[1]
 
     def own(self, height: int, width: int) -> torch.Tensor:
-        """(K, height, width): the regions' own masks, whatever the others have."""
+        """(K, height, width): the regions' own masks, whatever the others have. A live one that has none may be anywhere."""
         if self._own is None or self._own[0] != (height, width):
-            fine = self.regions.document.drawn(self.FINER * height, self.FINER * width, self.regions.masks)
-            self._own = (height, width), pool(fine, height, width)
+            regions = self.regions
+            own = pool(regions.document.drawn(self.FINER * height, self.FINER * width, regions.masks), height, width)
+            for mask, region in zip(own, regions.document.regions, strict=True):
+                if region.live is not None and not region.shapes and region.name not in regions.masks:
+                    mask.fill_(float(region.visible))
+            self._own = (height, width), own
         return self._own[1]
 
     def with_live(self, height: int, width: int, found: torch.Tensor) -> torch.Tensor:
         """(K, pictures, height, width), from the masks (N, pictures, height, width) of the live regions."""
         document = self.regions.document
         pictures, live = found.shape[1], iter(found)
+        drawn = self.own(height, width).to(found.device)
         masks = torch.stack(
             [
                 own[None] * next(live) if region.live is not None else own.expand(pictures, -1, -1)
-                for region, own in zip(document.regions, self.own(height, width), strict=True)
+                for region, own in zip(document.regions, drawn, strict=True)
             ]
         )
         return document.shared_out(masks.flatten(1, 2)).unflatten(1, (pictures, height))
@@ -318,6 +323,8 @@ def _finder(patcher, regions: Regions, drawing: Drawing, clip, family: Family, p
         except maps.MapsError as error:
             raise RegionsError(f"Region '{region.name}' is found by words of the common prompt: {error}") from error
         sought.append(Sought(region.name, index, bound, behind, region.live))
+    if any(one.live.scope == BLOCK for one in sought) and _jointly(family):
+        raise RegionsError(f"scope '{BLOCK}' is for UNets, whose layers stand behind an attention to the words; this is {family.name}.")
     if len(sought) == 1 and sought[0].live.threshold == ARGMAX and not sought[0].background:
         raise RegionsError(
             f"Region '{sought[0].name}' is the only one that is found by words, and argmax compares: all of the picture would be its. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from .joint import Joint
 from .places import Place, Segment, segments
 from .sites import JOINT, MAP, TEXT, VECTOR, Pyramid, Site
 from .words import Words
+
+SEGMENTS = "segments"
 
 
 class Crop(NamedTuple):
@@ -28,8 +30,7 @@ class Kind(NamedTuple):
     """What calls must have in common to share a `Spread`.
 
     full: height and width of the whole latent; crops: each chunk's part of it, one for all where they are the same; names: each chunk's
-    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own; live: the
-    numbers of the masks that come of the sampling itself.
+    condition ("positive", ...); batch: rows of x; tokens: rows of the prompt; references: tokens behind the picture's own.
     """
 
     full: tuple[int, int]
@@ -38,7 +39,6 @@ class Kind(NamedTuple):
     batch: int
     tokens: int
     references: int
-    live: tuple[int, ...] = ()
 
 
 class Spread:
@@ -50,22 +50,15 @@ class Spread:
     def __init__(
         self, kind: Kind, placed: Mapping[int, tuple[Place, str | Words]], device: torch.device, kept: Mapping[Any, Any] | None = None
     ):
-        self.kind, self.device, self._kept = kind, device, kept or {}
+        self.kind, self.device, self._kept = kind, device, {} if kept is None else kept
         # What neither brings a text nor acts on words divides no text: those places go last, and are left out of the segments.
         wordless = {place: True for place, _ in placed.values()}
         for place, text in placed.values():
             wordless[place] &= text == "none" and not place.texts and place.group == (place,)
         self.places = sorted(wordless, key=wordless.get)
         self._number = {place: index for index, place in enumerate(self.places)}
-        whole = self._on(self.places)
-        self._pictures = whole.shape[1]
-        worded = len(self.places) - sum(wordless.values())
-        # Maps of words are read where the common text goes through nobody's adapters, which must be asked for then.
-        self.segments, shares = segments(self.places[:worded], whole[:worded], rest=bool(kind.live))
-        names = kind.names or ("",)
-        self._names = names
-        self.texts = [[segment.reader.text(name) if segment.reader else None for name in names] for segment in self.segments]
-        self._whole, self._masks, self._shared = whole, self._cut(whole), self._cut(shares)
+        self._worded = len(self.places) - sum(wordless.values())
+        self._names = kind.names or ("",)
         self._policies = {index: text for index, (_, text) in placed.items()}
         self._placed = {index: place for index, (place, _) in placed.items()}
         self._of_sites: dict = {}
@@ -73,6 +66,43 @@ class Spread:
         self._repeats = False
         self.joint: Joint | None = None
         self.biases: dict = {}
+        self.live: tuple[int, ...] = ()
+        self._draw()
+
+    def _draw(self) -> None:
+        whole = self._on(self.places)
+        self._pictures = whole.shape[1]
+        # Masks that change keep all segments there could be. Maps of words are read in the first, which is nobody's.
+        moving = any(place.source is not None for place in self.places)
+        self.segments, shares = segments(self.places[: self._worded], whole[: self._worded], every=moving)
+        self.texts = [[segment.reader.text(name) if segment.reader else None for name in self._names] for segment in self.segments]
+        self._masks, self._shared = self._cut(whole), self._cut(shares)
+
+    def follow(self, live: tuple[int, ...]) -> None:
+        """Masks of another number hold from now on; it is to be said anew how texts are read, and then to `refresh`."""
+        self.live, self.biases = live, {}
+        self._draw()
+
+    def refresh(self) -> None:
+        """What layers use stays in its place, with other numbers in it."""
+        self._of_sites = {key: shares for key, shares in self._of_sites.items() if key[0] != SEGMENTS}
+        for (site, columns, _), shares in self._of_sites.items():
+            if shares.whole:
+                shares.rows = self._of_site(site, columns)
+
+    def draw(self, behind: str, source: Hashable, masks: torch.Tensor) -> None:
+        """Masks (K, pictures, h, w) of a source's places on the layers behind an attention, over its grid, for the rest of the call."""
+        kind = self.kind
+        chunks = max(1, len(kind.names))
+        if masks.shape[1] * chunks != kind.batch or kind.crops != (Crop(0, 0, *kind.full),):
+            return
+        found = masks.flatten(2).repeat(1, chunks, 1)
+        for (_, columns, own), shares in self._of_sites.items():
+            if own == behind and own and shares.tokens == found.shape[-1]:
+                places = [self.places[place] for place, _ in columns]
+                before = shares.rows.expand(-1, kind.batch, -1)
+                rows = [found[place.index] if place.source == source else before[at] for at, place in enumerate(places)]
+                shares.rows = torch.stack(rows).to(before)
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:
         """One pyramid for each crop; where pictures have masks of their own, for each row of the batch."""
@@ -105,27 +135,33 @@ class Spread:
 
     def segment_shares(self, site: Site) -> Shares:
         """Who reads which segment's text, at a layer over the picture."""
-        key = ("segments", site.level)
+        key = (SEGMENTS, site.level, "")
         if key not in self._of_sites:
             self._of_sites[key] = Shares(self._over([shared.at(site.level).flatten(1) for shared in self._shared]))
         return self._of_sites[key]
 
-    def shares(self, site: Site, members: Sequence[int]) -> tuple[list[int], Shares]:
+    def shares(self, site: Site, members: Sequence[int], behind: str = "") -> tuple[list[int], Shares]:
         """For the effects `members`: the number of each one's place in the shares of a layer's rows, and these. Effects that act on other
-        words of the prompt than their place does are places of their own.
+        words of the prompt than their place does are places of their own. behind: the attention that draws the masks of the layers behind
+        it anew in each call, see `draw`.
         """
         words = site.kind in (TEXT, JOINT)
         names = [(self._number[self._placed[index]], self._policies[index] if words else "") for index in members]
         columns = list(dict.fromkeys(names))
-        key = (site, tuple(columns))
+        key = (site, tuple(columns), behind)
         if key not in self._of_sites:
-            chunks = [(at // self._pictures, pyramid) for at, pyramid in enumerate(self._masks)]
-            differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
-            if len(chunks) < len(self._names) and differ:
-                chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
+            whole = any(self.places[place].source is not None for place, _ in columns)
             grid = tuple(self._masks[0].at(site.level).shape[-2:]) if site.kind == MAP else None
-            self._of_sites[key] = Shares(self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks]), grid)
+            self._of_sites[key] = Shares(self._of_site(site, key[1]), grid, whole)
         return [columns.index(name) for name in names], self._of_sites[key]
+
+    def _of_site(self, site: Site, columns: Sequence[tuple[int, str | Words]]) -> torch.Tensor:
+        """(columns, batch rows or 1, rows)"""
+        chunks = [(at // self._pictures, pyramid) for at, pyramid in enumerate(self._masks)]
+        differ = any(isinstance(policy, Words) or self.places[place].factors for place, policy in columns)
+        if len(chunks) < len(self._names) and differ:
+            chunks = [(chunk, self._masks[0]) for chunk in range(len(self._names))]
+        return self._over([self._rows(pyramid, site, columns, chunk) for chunk, pyramid in chunks])
 
     def _rows(self, pyramid: Pyramid, site: Site, columns: Sequence[tuple[int, str | Words]], chunk: int) -> torch.Tensor:
         """(columns, rows) in one chunk of the batch."""

@@ -166,6 +166,8 @@ def lines(regions: Regions, shares: torch.Tensor) -> list[str]:
         loras = [f"'{lora.file}' at {lora.model:g}" for lora in region.loras]
         hidden = "" if region.visible else " (hidden)"
         covers = f"{part:.0%} of the picture" if part else "nothing"
+        if region.live is not None:
+            covers = "found by words while sampling" + (f", within {covers}" if region.shapes or region.name in regions.masks else "")
         told.append(f"'{region.name}'{hidden}: {covers}; reads {reads}" + (f"; LoRA {', '.join(loras)}." if loras else "."))
     return told
 

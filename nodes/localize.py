@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host import adapters, files
 from ..host.regions import Hung, Regions
-from ..ops.regions import COLOURS, THRESHOLDS, Live, Region
+from ..ops.regions import COLOURS, MOST_GROWN, SCOPES, SMOOTHEST, THRESHOLDS, Live, Region
 from ._shared import (
     CONNECTED,
     LORA_MODEL,
@@ -24,7 +24,6 @@ from ._shared import (
 )
 from .regions import LIMIT, REGIONS, checked_name
 
-MOST_SMOOTHING = 0.95
 NEUTRAL = Live()
 
 
@@ -65,11 +64,20 @@ class Localize(OfLoraName):
                     ),
                 ),
                 share_input("level", NEUTRAL.level, "For 'quantile', from 0 to 1: higher gives a smaller region. No effect otherwise."),
+                io.Combo.Input(
+                    "scope",
+                    options=list(SCOPES),
+                    default=NEUTRAL.scope,
+                    tooltip=(
+                        "'step' (neutral): all layers follow the maps of the steps before. 'block' (UNets): the layers behind each "
+                        "attention to the words follow that attention's own map in the same call, the others the steps before."
+                    ),
+                ),
                 io.Float.Input(
                     "smoothing",
                     default=NEUTRAL.smoothing,
                     min=0.0,
-                    max=MOST_SMOOTHING,
+                    max=SMOOTHEST,
                     step=0.05,
                     tooltip="How much of the map before stays in each step, from 0 (neutral, the last step's alone) to 0.95.",
                 ),
@@ -103,7 +111,7 @@ class Localize(OfLoraName):
                     "grow",
                     default=NEUTRAL.grown,
                     min=0,
-                    max=8,
+                    max=MOST_GROWN,
                     optional=True,
                     advanced=True,
                     tooltip="By how many cells of the map it reaches further to every side. Neutral: 0.",
@@ -121,6 +129,7 @@ class Localize(OfLoraName):
         strength_model,
         threshold,
         level,
+        scope,
         smoothing,
         start_percent,
         end_percent,
@@ -134,13 +143,13 @@ class Localize(OfLoraName):
     ) -> io.NodeOutput:
         check_numbers(strength_model, start_percent, end_percent, strength_name="strength_model")
         check_one_source("lora_name", lora_name, lora)
-        for key, value, most in (("level", level, 1.0), ("smoothing", smoothing, MOST_SMOOTHING), ("freeze_percent", freeze_percent, 1.0)):
+        for key, value, most in (("level", level, 1.0), ("smoothing", smoothing, SMOOTHEST), ("freeze_percent", freeze_percent, 1.0)):
             if not (math.isfinite(value) and 0.0 <= value <= most):
                 raise ValueError(f"{key} is {value:g}. Set it to a number from 0 to {most:g}.")
         regions, mask = regions or Regions(), None if mask is None else checked_mask(mask)
         behind = "\n".join(line.strip() for line in background.splitlines() if line.strip())
         live = Live(
-            phrase.strip(), behind, threshold, level, smoothing, start_percent, end_percent, freeze_percent, bool(largest), int(grow)
+            phrase.strip(), behind, threshold, level, scope, smoothing, start_percent, end_percent, freeze_percent, bool(largest), int(grow)
         )
         region = Region(checked_name(name), COLOURS[len(regions.names()) % len(COLOURS)], live=live)
         regions = regions.with_region(region, mask)

@@ -454,7 +454,7 @@ class Stack:
         for owner, factors in self._flat:
             if places[owner] is not None:
                 ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
-        if shares.tokens == 1 or len(ranks) < 2:
+        if shares.tokens == 1 or len(ranks) < 2 or shares.whole:
             return False
         if self.convolution is not None:
             plane = shares.grid is not None and all(factors.down.ndim == 4 for _, factors in self._flat)

@@ -4,6 +4,7 @@
         {"name": "cat", "colour": "#4363d8", "prompt": "a cat", "negative": "", "weight": 1.0, "feather": 0.02,
          "shapes": [{"box": [500, 1000, 4000, 8000]}, {"stroke": [1000, 1000, 50, 0, 50, 20], "radius": 300, "erase": true}],
          "loras": [{"file": "cats/tom.safetensors", "model": 0.8, "clip": 1.0, "start": 0.0, "end": 1.0}]},
+        {"name": "dog", "live": {"phrase": "a brown dog"}},
         {"name": "background", "rest": true, "prompt": "a garden"}]}
 
 Lengths are whole numbers in ten-thousandths of the canvas: of its width across, of its height down, of its shorter side for radii. Boxes
@@ -28,6 +29,9 @@ UNIT = 10_000
 MOST = 64
 LONGEST = 2_000_000  # characters of JSON: it goes into every saved picture
 THRESHOLDS = ("argmax", "otsu", "quantile", "median", "soft")
+SCOPES = ("step", "block")
+SMOOTHEST = 0.95
+MOST_GROWN = 8
 OVERLAPS = ("normalize", "priority", "max")
 COLOURS = ("#e6194b", "#4363d8", "#3cb44b", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324")
 REACH = 2 * UNIT  # how far outside of the canvas a coordinate may lie
@@ -53,15 +57,16 @@ class Live:
     """A region found while the picture is sampled, where the model attends to a phrase of the common prompt.
 
     phrase: empty for the region's prompt, or its name; background: phrases, one in each line, that stand for what is no region; threshold:
-    one of THRESHOLDS, with its level; smoothing: how much of the map before stays in each step; start, end: shares of sampling between
-    which the region is there; until: that after which it stays where it is; largest: its largest part alone; grown: by how many cells of
-    the map it reaches further.
+    one of THRESHOLDS, with its level; scope: one of SCOPES, "block" where layers behind an attention follow it in the same call;
+    smoothing: how much of the map before stays in each step; start, end: shares of sampling between which the region is there; until: that
+    after which it stays where it is; largest: its largest part alone; grown: by how many cells of the map it reaches further.
     """
 
     phrase: str = ""
     background: str = ""
     threshold: str = "argmax"
     level: float = 0.5
+    scope: str = "step"
     smoothing: float = 0.5
     start: float = 0.1
     end: float = 1.0
@@ -104,9 +109,7 @@ class Document:
         return self.shared_out(self.drawn(height, width, given))
 
     def drawn(self, height: int, width: int, given: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """(K, height, width): each region's own mask, whatever the others have, and nothing for the rest. A live one without shapes may
-        be anywhere.
-        """
+        """(K, height, width): each region's own mask, whatever the others have; nothing for the rest."""
         if not self.regions:
             return torch.zeros(0, height, width)
         return torch.stack([self._drawn(region, height, width, given or {}) for region in self.regions])
@@ -114,8 +117,6 @@ class Document:
     def _drawn(self, region: Region, height: int, width: int, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if region.name in given and not region.rest:
             return pool(given[region.name][None].float(), height, width)[0] * region.visible
-        if region.live is not None and not region.shapes:
-            return torch.full((height, width), float(region.visible))
         return rasterize(region.shapes if region.visible else (), height, width, region.feather)
 
     def shared_out(self, drawn: torch.Tensor) -> torch.Tensor:
@@ -123,7 +124,7 @@ class Document:
         if not self.regions:
             return drawn
         at = [index for index, region in enumerate(self.regions) if not region.rest]
-        weights = torch.tensor([self.regions[index].weight for index in at])
+        weights = torch.tensor([self.regions[index].weight for index in at], device=drawn.device)
         shared = combine(drawn[at], weights, self.overlap) if at else drawn[:0]
         left, own = (1 - shared.sum(0)).clamp(min=0), iter(shared)
         rests = sum(region.rest for region in self.regions)
@@ -249,14 +250,16 @@ def _kind(value: Any) -> str:
 
 
 def _region(data: Any, where: str, index: int) -> Region:
-    known = ("name", "colour", "shapes", "rest", "prompt", "negative", "loras", "weight", "feather", "visible", "locked")
+    known = ("name", "colour", "shapes", "rest", "prompt", "negative", "loras", "weight", "feather", "visible", "locked", "live")
     fields = _Fields(data, where, known)
     name = fields.text("name", f"region {index + 1}").strip()
     if not name:
         raise DocumentError(f"{where}.name is empty. Give the region a name.")
-    rest, shapes = fields.flag("rest", False), fields.sequence("shapes")
+    rest, shapes, live = fields.flag("rest", False), fields.sequence("shapes"), fields.data.get("live")
     if rest and shapes:
         raise DocumentError(f"{where} is the rest of the canvas and has shapes. Remove the shapes, or set rest to false.")
+    if rest and live is not None:
+        raise DocumentError(f"{where} is the rest of the canvas and has a field live. Remove that, or set rest to false.")
     colour = fields.text("colour", COLOURS[index % len(COLOURS)])
     if len(colour) != 7 or colour[0] != "#" or any(digit not in "0123456789abcdefABCDEF" for digit in colour[1:]):
         raise DocumentError(f"{where}.colour is {_kind(colour)}. It must be #rrggbb.")
@@ -272,6 +275,27 @@ def _region(data: Any, where: str, index: int) -> Region:
         feather=fields.number("feather", 0.0, 0.0, 1.0),
         visible=fields.flag("visible", True),
         locked=fields.flag("locked", False),
+        live=None if live is None else _live(live, f"{where}.live"),
+    )
+
+
+def _live(data: Any, where: str) -> Live:
+    fields = _Fields(data, where, tuple(vars(_NEUTRAL_LIVE)))
+    start, end = (fields.number(key, getattr(_NEUTRAL_LIVE, key), 0.0, 1.0) for key in ("start", "end"))
+    if start > end:
+        raise DocumentError(f"{where}.start {start:g} lies after its end {end:g}. Swap the two.")
+    return Live(
+        phrase=fields.text("phrase"),
+        background=fields.text("background"),
+        threshold=fields.choice("threshold", THRESHOLDS),
+        level=fields.number("level", _NEUTRAL_LIVE.level, 0.0, 1.0),
+        scope=fields.choice("scope", SCOPES),
+        smoothing=fields.number("smoothing", _NEUTRAL_LIVE.smoothing, 0.0, SMOOTHEST),
+        start=start,
+        end=end,
+        until=fields.number("until", 1.0, 0.0, 1.0),
+        largest=fields.flag("largest", False),
+        grown=fields.number("grown", 0, 0, MOST_GROWN, whole=True),
     )
 
 
@@ -312,6 +336,7 @@ def _lora(data: Any, where: str) -> LoraFile:
 
 
 _NEUTRAL = Region("")
+_NEUTRAL_LIVE = Live()
 
 
 def _plain_region(region: Region) -> dict[str, Any]:
@@ -321,6 +346,8 @@ def _plain_region(region: Region) -> dict[str, Any]:
     for key in ("rest", "prompt", "negative", "weight", "feather", "visible", "locked"):
         if getattr(region, key) != getattr(_NEUTRAL, key):
             plain[key] = getattr(region, key)
+    if region.live is not None:
+        plain["live"] = {key: value for key, value in vars(region.live).items() if value != getattr(_NEUTRAL_LIVE, key)}
     if region.loras:
         plain["loras"] = [vars(lora) for lora in region.loras]
     return plain

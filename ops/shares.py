@@ -47,21 +47,34 @@ class Bucket(NamedTuple):
 
 class Shares:
     """The shares that P places have of a layer's rows: `rows` (P, B or 1, tokens), B where those of one batch differ; grid (height, width)
-    where the rows are positions on a plane.
+    where the rows are positions on a plane; whole: they change too often to be picked, and all rows are worked on (picking waits for the
+    device, and gives operations other shapes).
     """
 
-    def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None):
-        self.rows, self.grid = rows, grid
-        counts = (rows != 0).sum(-1).amax(1).tolist()
-        self._sizes: dict[int, list[int]] = {}
-        for place, count in enumerate(counts):
-            if count:
-                # Powers of two: no place is padded to more than twice its rows.
-                self._sizes.setdefault((count - 1).bit_length(), []).append(place)
-        self.picked = sum(len(places) * max(counts[place] for place in places) for places in self._sizes.values())
-        self._counts, self._buckets = counts, {}
+    def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None, whole: bool = False):
+        self.rows, self.grid, self.whole = rows, grid, whole
+        self._buckets: dict[tuple[int, int], list[Bucket]] = {}
         # Whether a layer had other rows than these, and so got nothing of them.
         self.missed = False
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """Rows that each place has, at most, in a picture of the batch."""
+        return (self.rows != 0).sum(-1).amax(1).tolist()
+
+    @cached_property
+    def _sizes(self) -> dict[int, list[int]]:
+        sizes: dict[int, list[int]] = {}
+        for place, count in enumerate(self._counts):
+            if count:
+                # Powers of two: no place is padded to more than twice its rows.
+                sizes.setdefault((count - 1).bit_length(), []).append(place)
+        return sizes
+
+    @cached_property
+    def picked(self) -> int:
+        """Rows that are worked on where they are picked."""
+        return sum(len(places) * max(self._counts[place] for place in places) for places in self._sizes.values())
 
     def groups(self) -> list[tuple[int, ...]]:
         """The places of each bucket."""

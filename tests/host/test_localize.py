@@ -9,7 +9,7 @@ import state
 import text_encoders
 import torch
 
-from concept_nodes.host import capture, localize
+from concept_nodes.host import adapters, capture, localize
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.localize import Masks, Sought, cut
 from concept_nodes.host.maps import Bound
@@ -25,6 +25,23 @@ from concept_nodes.ops.regions import Live, Region
 KINDS = list(models.KINDS)
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
 TEXT = "cat dog"  # of five rows or fewer, as all samplings of models.sample read seven
+WAYS = (
+    "KSampler heun",
+    "KSampler dpmpp_sde",
+    "KSampler uni_pc",
+    "KSampler dpm_adaptive",
+    "scheduler karras",
+    "batch of three",
+    "without uncond",
+    "img2img",
+    "inpaint",
+    "hires fix",
+    "areas",
+    "SamplerCustomAdvanced, BasicGuider",
+    "DualCFGGuider regular",
+    "PerpNegGuider",
+    "DualModelGuider, positive model",
+)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -101,21 +118,24 @@ def kind_of(model) -> str:
     return next(kind for kind, (config, _) in models.KINDS.items() if type(model.model.model_config) is config)
 
 
+SETTINGS = {
+    "threshold": "argmax",
+    "level": 0.5,
+    "scope": "step",
+    "smoothing": 0.5,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "freeze_percent": 1.0,
+}
+MEDIAN = SETTINGS | {"threshold": "median"}
+
+
 def execute(model, strength=0.8, text="own", mask=None, names=("cat", "dog"), **live):
     """Two words found in a prompt of seven rows, a LoRA on each."""
-    settings = {
-        "threshold": "argmax",
-        "level": 0.5,
-        "smoothing": 0.5,
-        "start_percent": 0.0,
-        "end_percent": 1.0,
-        "freeze_percent": 1.0,
-    } | live
     regions = None
     for seed, name in enumerate(names):
-        (regions,) = Localize.execute(
-            name, "", "none", strength, regions=regions, lora=models.lora(model, seed=seed), mask=mask, **settings
-        ).result
+        lora = models.lora(model, seed=seed)
+        (regions,) = Localize.execute(name, "", "none", strength, regions=regions, lora=lora, mask=mask, **SETTINGS | live).result
     return put(model, regions, text)
 
 
@@ -155,7 +175,7 @@ class TestLaws:
         told = find(out).describe()
         assert "Maps of 'cat', 'dog'" in told and "of the picture at the end" in told and "none of them added" in told
 
-    @pytest.mark.parametrize("way", sampling.WAYS)
+    @pytest.mark.parametrize("way", WAYS)
     def test_every_way_to_sample(self, way):
         model = models.build()
         assert not torch.equal(sampling.WAYS[way](acts(model)), sampling.WAYS[way](model))
@@ -271,15 +291,101 @@ def watch_masks(acting) -> torch.Tensor:
     return seen[0]
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+class TestOwnBlock:
+    """LAG sampling: the mask of each attention block on what projects out of it, in the same call."""
+
+    ALONE = SETTINGS | {"names": ("cat",), "scope": "block"}
+
+    def put(self, model, only="proj_out", strength=0.8, **live):
+        settings = self.ALONE | live
+        names = settings.pop("names")
+        regions = None
+        for seed, name in enumerate(names):
+            lora = models.lora(model, seed=seed, only=only)
+            (regions,) = Localize.execute(name, "", "none", strength, regions=regions, lora=lora, **settings).result
+        return put(model, regions).result[0]
+
+    def test_is_the_mixing_form_as_published(self, kind):
+        """(1 - M) f + M f', f' = (W + dW) x, M where the attention to the word is above its median: worked out beside the plain model."""
+        model, lora = models.build(kind), models.lora(models.build(kind), seed=0, only="proj_out")
+        acting = models.sample(self.put(model, threshold="median"), batch=2, cfg=1.0)
+        handles, held = [], {}
+        for name, module in model.model.named_modules():
+            if name.endswith(("attn2.to_q", "attn2.to_k")):
+                handles.append(module.register_forward_hook(lambda module, args, out, at=name[-1]: held.update({at: out})))
+            if name.endswith("proj_out"):
+                down, up = (lora[f"{name}.lora_{part}.weight"].flatten(1) for part in ("down", "up"))
+                handles.append(module.register_forward_hook(self.mixing(held, 0.8 / len(down) * up @ down)))
+        try:
+            expected = models.sample(model, batch=2, cfg=1.0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert not torch.equal(expected, models.sample(model, batch=2, cfg=1.0))
+        torch.testing.assert_close(acting, expected, **CLOSE)
+
+    @staticmethod
+    def mixing(held, delta):
+        def mix(module, args, out):
+            q, k = (held[name].unflatten(-1, (4, -1)).transpose(1, 2) for name in "qk")
+            word = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)[..., 1]
+            on = (word > word.median(-1, keepdim=True).values)[..., None].float()
+            assert on.sum(1).flatten().tolist() == [word.shape[1] // 2] * len(word)
+            x = args[0] if args[0].ndim == 3 else args[0].flatten(2).transpose(1, 2)
+            with_delta = x @ (module.weight.flatten(1) + delta).t() + module.bias
+            f = out if out.ndim == 3 else out.flatten(2).transpose(1, 2)
+            mixed = (1 - on) * f + on * with_delta
+            return mixed if out.ndim == 3 else mixed.transpose(1, 2).unflatten(-1, out.shape[2:])
+
+        return mix
+
+    def test_a_mask_of_ones_is_the_whole_lora(self, kind):
+        model = models.build(kind)
+        everywhere = models.sample(self.put(model, threshold="quantile", level=0.0), batch=2)
+        placement = adapters.place(model, models.lora(model, seed=0, only="proj_out"), "random")
+        plain = model.clone()
+        attach(plain, adapters.AdapterEffect("random", placement.parts, 0.8))
+        torch.testing.assert_close(everywhere, models.sample(plain, batch=2), **CLOSE)
+
+    def test_nothing_of_it_is_nothing(self, kind):
+        model = models.build(kind)
+        assert torch.equal(models.sample(self.put(model, strength=0.0)), models.sample(model))
+        nowhere = models.sample(self.put(model, threshold="quantile", level=1.0))
+        torch.testing.assert_close(nowhere, models.sample(model), rtol=0, atol=1e-6)
+
+    def test_both_sides_and_all_pictures_have_their_masks(self, kind):
+        model = models.build(kind)
+        acting = self.put(model, names=("cat", "dog"), only="", start_percent=0.2)
+        torch.testing.assert_close(models.sample(acting, batch=3)[:1], models.sample(acting), **CLOSE)
+        torch.testing.assert_close(models.sample(sampling.turned_around(acting)), models.sample(acting), **CLOSE)
+        assert not torch.equal(models.sample(acting), models.sample(self.put(model, scope="step", names=("cat", "dog"), only="")))
+
+    def test_a_drawn_mask_bounds_it(self, kind):
+        model = models.build(kind)
+        empty = self.put(model, threshold="quantile", level=0.0, mask=torch.zeros(1, 8, 8))
+        assert torch.equal(models.sample(empty), models.sample(model))
+        left = torch.zeros(1, 8, 8)
+        left[..., :4] = 1
+        whole = self.put(model, threshold="quantile", level=0.0, mask=left)
+        regions = Regions().with_region(Region("left", shapes=(Box(0, 0, 0.5, 1),)))
+        regions = regions.with_lora("left", Hung("random", models.lora(model, seed=0, only="proj_out"), 0.8, 0.0))
+        torch.testing.assert_close(models.sample(whole), models.sample(put(model, regions).result[0]), **CLOSE)
+
+
+def test_own_block_is_for_unets():
+    with pytest.raises(RegionsError, match="scope 'block' is for UNets.*Flux"):
+        acts(models.build("flux"), scope="block")
+
+
 class TestNodes:
     def test_what_hangs_on_regions_hangs_on_these(self):
         model = models.build()
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         lora = models.lora(model)
         (loras,) = RegionLoRA.execute(regions, "cat", "none", 0.8, 0.0, 0.0, 1.0, lora).result
         (sliders,) = RegionSlider.execute(regions, "cat", "none", 0.8, 0.0, 1.0, lora).result
-        expected = models.sample(acts(model, names=("cat",), threshold="median"))
-        own = Localize.execute("cat", "", "none", 0.8, "median", 0.5, 0.5, 0.0, 1.0, 1.0, lora=models.lora(model)).result[0]
+        own = Localize.execute("cat", "", "none", 0.8, lora=models.lora(model), **MEDIAN).result[0]
         expected = models.sample(put(model, own).result[0])
         for hung in (loras, sliders):
             assert torch.equal(models.sample(put(model, hung).result[0]), expected)
@@ -290,7 +396,7 @@ class TestNodes:
 
     @pytest.mark.parametrize("missing", [{"clip": None}, {"prompt": " "}])
     def test_nothing_to_find_words_with(self, missing):
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         with pytest.raises(RegionsError, match="found by words of the common prompt"):
             put(models.build(), regions, **missing)
 
@@ -306,6 +412,6 @@ class TestNodes:
             acts(models.build(), **wrong)
 
     def test_there_is_no_mask_before_the_run(self):
-        (regions,) = Localize.execute("cat", "", "none", 1.0, "median", 0.5, 0.5, 0.0, 1.0, 1.0).result
+        (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         with pytest.raises(ValueError, match="'cat': found by words while a picture is sampled.*Maps of Words"):
             RegionsToMasks.execute(regions, 64, 64)

@@ -51,6 +51,8 @@ def random_document(rng: random.Random) -> dict:
             region["weight"] = round(rng.random(), 2)
         if rng.random() < 0.1:
             region["visible"] = False
+        if index == 2:
+            region["live"] = {"phrase": "a cat", "threshold": "otsu", "start": 0.2, "largest": True}
         regions.append(region)
     if rng.random() < 0.3:
         regions.append({"name": "rest", "rest": True})

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concept_nodes.ops.masks import Box, Ellipse, Polygon, Stroke
-from concept_nodes.ops.regions import MOST, UNIT, Document, DocumentError, LoraFile, Region, dump, parse
+from concept_nodes.ops.regions import MOST, SCOPES, THRESHOLDS, UNIT, Document, DocumentError, Live, LoraFile, Region, dump, parse
 
 TWO = {
     "version": 1,
@@ -46,6 +46,20 @@ shapes = st.one_of(
     st.builds(Stroke, st.lists(point, min_size=1, max_size=6).map(tuple), positive, st.booleans()),
 )
 loras = st.builds(LoraFile, st.just("a/b.safetensors"), st.floats(-2, 2), st.floats(-2, 2))
+lives = st.builds(
+    Live,
+    phrase=st.text(),
+    background=st.text(),
+    threshold=st.sampled_from(THRESHOLDS),
+    level=st.floats(0, 1),
+    scope=st.sampled_from(SCOPES),
+    smoothing=st.floats(0, 0.95),
+    start=st.floats(0, 0.5),
+    end=st.floats(0.5, 1),
+    until=st.floats(0, 1),
+    largest=st.booleans(),
+    grown=st.integers(0, 8),
+)
 regions = st.builds(
     Region,
     name=st.text("abcdefgh", min_size=1),
@@ -57,6 +71,7 @@ regions = st.builds(
     feather=st.floats(0, 1),
     visible=st.booleans(),
     locked=st.booleans(),
+    live=st.none() | lives,
 )
 documents = st.builds(
     Document,
@@ -128,6 +143,9 @@ class TestRefusals:
             (["regions", 0, "shapes", 0, "box"], [0, 0, 10**9, 1], r"shapes\[0\]\.box\[2\]"),
             (["regions", 0, "shapes", 3, "polygon"], [0, 0, 1, 1], r"shapes\[3\]\.polygon.*at least 6"),
             (["regions", 0, "shapes", 1, "radius"], 0, r"shapes\[1\]\.radius.*from 1"),
+            (["regions", 0, "live"], {"threshold": "peak"}, r"regions\[0\]\.live\.threshold.*argmax, otsu"),
+            (["regions", 0, "live"], {"start": 0.9, "end": 0.5}, r"regions\[0\]\.live\.start 0\.9 lies after its end 0\.5"),
+            (["regions", 1, "live"], {}, r"regions\[1\].*rest.*live"),
             (["regions", 0, "loras", 0, "file"], "", r"loras\[0\]\.file is empty"),
             (["regions", 0, "loras", 0, "model"], "1", r"loras\[0\]\.model.*number"),
             (["regions", 0, "loras", 0, "start"], 0.95, r"loras\[0\]\.start 0\.95 lies after its end 0\.9"),
@@ -207,6 +225,13 @@ class TestSchema:
             {"loras": [{"model": 1}]},
             {"loras": [{"file": "a", "model": 101}]},
             {"mood": "blue"},
+            {"live": {"phrase": 3}},
+            {"live": {"threshold": "peak"}},
+            {"live": {"smoothing": 0.99}},
+            {"live": {"grown": 1.5}},
+            {"live": {"words": "x"}},
+            {"live": "x"},
+            {"rest": True, "live": {}},
         ],
         ids=str,
     )

@@ -25,6 +25,7 @@ VARIED = {
     "canvas_characters": ("12", "seed", (1, 2, 3, 4)),
     "masked_lora": ("7", "strength_model", (-2.0, -1.0, 1.0, 2.0)),
     "regions_characters": ("12", "seed", (1, 2, 3, 4)),
+    "localize": ("10", "seed", (1, 2, 3, 4)),
     "regions_slider": ("6", "strength", (-2.0, -1.0, 1.0, 2.0)),
     "regions_filter": ("13", "strength", (0.0, 0.5, 0.8, 1.0)),
     "regions_hires": ("8", "seed", (1, 2, 3, 4)),

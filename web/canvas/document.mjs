@@ -15,8 +15,14 @@ export const EMPTY = Object.freeze({ overlap: OVERLAPS[0], regions: [] });
 
 const REACH = 2 * UNIT;
 const LEAST_NUMBERS = { box: 4, ellipse: 4, polygon: 6, stroke: 2 };
-const REGION_FIELDS = "name colour shapes rest prompt negative loras weight feather visible locked".split(" ");
+const REGION_FIELDS = "name colour shapes rest prompt negative loras weight feather visible locked live".split(" ");
 const LORA_FIELDS = ["file", "model", "clip", "start", "end"];
+const THRESHOLDS = ["argmax", "otsu", "quantile", "median", "soft"];
+const SCOPES = ["step", "block"];
+const NEUTRAL_LIVE = {
+  phrase: "", background: "", threshold: THRESHOLDS[0], level: 0.5, scope: SCOPES[0], smoothing: 0.5, start: 0.1, end: 1, until: 1,
+  largest: false, grown: 0,
+};
 
 /** A document that cannot be used; the message names the field and says what it must be. */
 export class DocumentError extends Error {}
@@ -25,7 +31,7 @@ export class DocumentError extends Error {}
 export function newRegion(given) {
   return {
     name: "", colour: COLOURS[0], shapes: [], rest: false, prompt: "", negative: "", loras: [], weight: 1, feather: 0, visible: true,
-    locked: false, ...given,
+    locked: false, live: null, ...given,
   };
 }
 
@@ -153,6 +159,10 @@ function readRegion(data, where, index) {
   if (rest && shapes.length) {
     throw new DocumentError(`${where} is the rest of the canvas and has shapes. Remove the shapes, or set rest to false.`);
   }
+  const live = data.live ?? null;
+  if (rest && live !== null) {
+    throw new DocumentError(`${where} is the rest of the canvas and has a field live. Remove that, or set rest to false.`);
+  }
   const colour = fields.text("colour", COLOURS[index % COLOURS.length]);
   if (!/^#[0-9a-fA-F]{6}$/.test(colour)) throw new DocumentError(`${where}.colour is ${kindOf(colour)}. It must be #rrggbb.`);
   return {
@@ -167,6 +177,28 @@ function readRegion(data, where, index) {
     feather: fields.number("feather", 0, 0, 1),
     visible: fields.flag("visible", true),
     locked: fields.flag("locked", false),
+    live: live === null ? null : readLive(live, `${where}.live`),
+  };
+}
+
+/** A region that is found while sampling: the panel keeps what it says, and draws what bounds it. */
+function readLive(data, where) {
+  const fields = new Fields(data, where, Object.keys(NEUTRAL_LIVE));
+  const share = (key, most = 1) => fields.number(key, NEUTRAL_LIVE[key], 0, most);
+  const [start, end] = [share("start"), share("end")];
+  if (start > end) throw new DocumentError(`${where}.start ${start} lies after its end ${end}. Swap the two.`);
+  return {
+    phrase: fields.text("phrase"),
+    background: fields.text("background"),
+    threshold: fields.choice("threshold", THRESHOLDS),
+    level: share("level"),
+    scope: fields.choice("scope", SCOPES),
+    smoothing: share("smoothing", 0.95),
+    start,
+    end,
+    until: share("until"),
+    largest: fields.flag("largest", false),
+    grown: fields.number("grown", 0, 0, 8, true),
   };
 }
 
@@ -216,6 +248,7 @@ function plainRegion(region) {
     colour: region.colour,
     ...(region.shapes.length && { shapes: region.shapes.map(plainShape) }),
     ...telling(region, NEUTRAL, ["rest", "prompt", "negative", "weight", "feather", "visible", "locked"]),
+    ...(region.live && { live: telling(region.live, NEUTRAL_LIVE, Object.keys(NEUTRAL_LIVE)) }),
     ...(region.loras.length && {
       loras: region.loras.map((lora) => ({ file: lora.file, ...telling(lora, NEUTRAL_LORA, Object.keys(NEUTRAL_LORA)) })),
     }),
