@@ -105,7 +105,7 @@ def freefuse(loaded, layout, loras, seeds) -> Way:
     masks = _published.freefuse(loaded, draw, text, words_of(layout), STEPS)[0]
     regions = Regions()
     for name, mask in zip(layout.names, masks, strict=True):
-        regions = regions.with_region(Region(name), mask[None].float()).with_lora(name, Hung(name, loras[name]))
+        regions = regions.with_region(Region(name), mask.float()).with_lora(name, Hung(name, loras[name]))
     # The published gate leaves all of the text to every LoRA.
     return Way(apply(loaded.model, regions, loaded.clip, text="all")[0], positive, negative)
 
@@ -248,7 +248,7 @@ def where_its_words_are(loaded, beside: Beside, held, **settings) -> Way:
 
 
 def in_its_half(loaded, beside: Beside, held) -> Way:
-    mask = torch.zeros(1, REST_SIZE, REST_SIZE)
+    mask = torch.zeros(REST_SIZE, REST_SIZE)
     mask[..., slice(0, REST_SIZE // 2) if beside.left else slice(REST_SIZE // 2, None)] = 1
     regions = Regions().with_region(Region(beside.name), mask)
     for index, (state, strength) in enumerate(held):
