@@ -35,6 +35,7 @@ from ..lab.measure import ask, draw_latents, pairs
 from ..lab.scenes import KINDS, MAX_OBJECTS, Scenes, render
 from ..nodes.maps import Capture
 from ..ops.maps import heights, resized
+from ._layouts import CFG, encode
 from ._report import Claim, Figure, mean, run
 from .regional import Graph, _middle, random_context, ratios, wide_model
 
@@ -206,10 +207,13 @@ def quality(kind: str, loaded, eye: Eye, size: int, n: int) -> tuple[dict[str, F
 def cost(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     """What capturing by default costs a step, at CFG 1 on the wide model: there, all that is sampled is captured."""
     figures, arms = {}, []
-    wide = "wide", wide_model(), 768, 64, 1.0
-    labs = [(kind, lab.load_model(kind), 64, SIZE // lab.downscale(kind), 4.0) for kind in lab.MODELS]
-    for name, model, width, side, cfg in (wide, *labs):
-        conditions = [[random_context(width, 77, 1), {}]], [[random_context(width, 77, 2), {}]]
+    wide = ("wide", wide_model(), [[random_context(768, 77, 1), {}]], [[random_context(768, 77, 2), {}]], 64, 1.0)
+    labs = []
+    for kind in lab.MODELS:
+        loaded = lab.load(kind)
+        positive, negative = ([encode(loaded, text)] for text in ("a large red heart on the left", ""))
+        labs.append((kind, loaded.model, positive, negative, SIZE // lab.downscale(kind), CFG))
+    for name, model, *conditions, side, cfg in (wide, *labs):
         acting = Capture.execute(model, capture.DEFAULT, 0.0, 1.0).result[0]
         graphs = {"plain": Graph(model, *conditions, side, cfg), "capture": Graph(acting, *conditions, side, cfg)}
         head = "wide_" if name == "wide" else ""
