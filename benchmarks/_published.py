@@ -117,7 +117,7 @@ class Lag:
             context = args[1] if len(args) > 1 else kwargs["context"]
             each = len(args[0]) // len(chunks)
             rows = slice(chunks.index(0) * each, (chunks.index(0) + 1) * each)
-            q, k = (split_heads(part, module.heads) for part in (module.to_q(args[0][rows]), module.to_k(context[rows])))
+            q, k = (split_heads(part, module.heads) for part in (module.to_q(args[0])[rows], module.to_k(context)[rows]))
             seen = columns(q, k)
             masks = []
             for own in self.rows:
