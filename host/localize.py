@@ -15,13 +15,32 @@ import torch
 
 from ..ops import maps as ops
 from ..ops.regions import Live
+from . import capture
 from .capture import ATTENTION, CaptureEffect, Now, grid_at
 from .dispatcher import Call, Run
+from .families import family_of
 from .maps import Bound, together
+from .sites import JOINT, sites
 from .window import Window
 
 BLOCK = "block"
 ARGMAX, OTSU, QUANTILE, MEDIAN, SOFT = "argmax", "otsu", "quantile", "median", "soft"
+
+
+LAYOUT = 2  # halvings of the latent at the decoder's attention that places things
+
+
+def layers_of(model) -> list[str]:
+    """Names of the attentions that say where things are: of a UNet the decoder's first on its third grid, which early steps lay the picture
+    out in (Concept Conductor takes the same one, arXiv 2408.03632); of others those that maps are read from. Raises UnsupportedFamily.
+    """
+    names = capture.layers_of(model, capture.ALL)
+    levels = {} if _jointly(model) else {name: sites(model, [f"{name}.to_q"])[f"{name}.to_q"].level for name in names}
+    laid_out = [name for name in names if levels.get(name) == LAYOUT and ".output_blocks." in name]
+    if not laid_out:
+        return capture.layers_of(model)
+    spatial = laid_out[0].partition(".transformer_blocks.")[0]
+    return [name for name in laid_out if name.startswith(f"{spatial}.")]
 
 
 class Sought(NamedTuple):
@@ -229,7 +248,15 @@ class LocalizeEffect(CaptureEffect):
             return None
         maps = ops.fold(maps, self.length)
         phrases = [one.bound for one in self.sought] + [bound for one in self.sought for bound in one.background]
-        return torch.stack([maps[..., list(bound.rows)].mean(-1) for bound in phrases], -1)
+        return torch.stack([maps[..., self._rows(bound)].mean(-1) for bound in phrases], -1)
+
+    def _rows(self, bound: Bound) -> list[int]:
+        """Of a UNet's prompt, whose encoder reads from left to right, the last row of a phrase knows all of it."""
+        return list(bound.rows) if self.patch else [row for row in bound.rows if row + 1 not in bound.rows]
+
+
+def _jointly(model) -> bool:
+    return any(kind == JOINT for kind in family_of(model).rows)
 
 
 def behind(model, attentions: Sequence[str]) -> dict[str, str]:

@@ -11,13 +11,12 @@ import torch
 from ..ops.masks import pool
 from ..ops.regions import MOST, Document, Region
 from ..ops.schedule import Schedule
-from . import adapters, files, maps
-from .capture import layers_of
+from . import adapters, capture, files, maps
 from .dispatcher import Call, Effect, attach
 from .encoders import EncoderError
 from .families import ALL, Family, family_of
 from .filter import FilterError, Prompt, Settings, keep_out, matching
-from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought
+from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought, layers_of
 from .places import LivePlace, Place, group
 from .sites import JOINT
 from .window import course
@@ -330,14 +329,20 @@ def _finder(patcher, regions: Regions, drawing: Drawing, clip, family: Family, p
             f"Region '{sought[0].name}' is the only one that is found by words, and argmax compares: all of the picture would be its. "
             "Choose another threshold, or give it a background."
         )
-    return LocalizeEffect(patcher.model, layers_of(patcher.model), sought, length, drawing.with_live)
+    # In a block of its own every attention tells of what is behind it.
+    by_block = any(one.live.scope == BLOCK for one in sought)
+    layers = capture.layers_of(patcher.model, capture.ALL) if by_block else layers_of(patcher.model)
+    return LocalizeEffect(patcher.model, layers, sought, length, drawing.with_live)
 
 
 def _told(one: Sought, finder: LocalizeEffect) -> str:
     live = one.live
     when = f"there from {live.start:g} to {live.end:g} of sampling" + (f", at rest from {live.until:g}" if live.until < 1 else "")
     behind = f"; background {', '.join(item.told for item in one.background)}" if one.background else ""
-    return f"Found by {one.bound.told} in {len(finder.layers)} attentions ({live.threshold}), {when}{behind}."
+    layers = [name.removeprefix("diffusion_model.").removesuffix(".attn2") for name in finder.layers]
+    where = ", ".join(layers) if len(layers) < 3 else f"{len(layers)} attentions"
+    how = live.threshold + (", each layer behind an attention by that one's own map" if live.scope == BLOCK else "")
+    return f"Found by {one.bound.told} in {where} ({how}), {when}{behind}."
 
 
 def _wanted(region: Region) -> dict[str, str]:

@@ -9,13 +9,16 @@ import state
 import text_encoders
 import torch
 
-from concept_nodes.host import adapters, capture, localize
+import nodes
+from concept_nodes.host import adapters, capture, lab, localize
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.localize import Masks, Sought, cut
 from concept_nodes.host.maps import Bound
 from concept_nodes.host.places import LivePlace, group
 from concept_nodes.host.regions import Hung, Regions, RegionsError, TextEffect
 from concept_nodes.host.run_record import find
+from concept_nodes.lab import characters
+from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.localize import Localize
 from concept_nodes.nodes.maps import Maps
 from concept_nodes.nodes.regions import RegionLoRA, RegionsApply, RegionSlider, RegionsToMasks
@@ -415,3 +418,66 @@ class TestNodes:
         (regions,) = Localize.execute("cat", "", "none", 1.0, **MEDIAN).result
         with pytest.raises(ValueError, match="'cat': found by words while a picture is sampled.*Maps of Words"):
             RegionsToMasks.execute(regions, 64, 64)
+
+
+class TestWhereItIsRead:
+    @pytest.mark.parametrize("kind, first, count", [("sd15", "output_blocks.3.1", 1), ("sdxl", "output_blocks.0.1", 10)])
+    def test_on_models_of_published_size(self, kind, first, count):
+        names = localize.layers_of(models.full_size(kind).model)
+        assert len(names) == count and all(name.startswith(f"diffusion_model.{first}.") for name in names)
+
+    def test_where_there_is_no_third_grid(self):
+        model = models.build().model
+        assert localize.layers_of(model) == capture.layers_of(model)
+
+
+class TestBehaviour:
+    """Two characters that the lab's UNet does not know, named in one prompt, and no mask drawn."""
+
+    NAMES = ("robot", "cat")
+    TEXT = "a large sks on the left and a large ohwx on the right on a grey background"
+    PHRASES = ("large sks on the left", "large ohwx on the right")
+    SEEDS = 8
+
+    @pytest.fixture(scope="class")
+    def loaded(self):
+        return lab.load("unet")
+
+    def draw(self, loaded, model) -> list:
+        """What the eye sees, picture by picture."""
+        with torch.inference_mode():
+            positive, negative = (text_encoders.encode(loaded.clip, text) for text in (self.TEXT, ""))
+            start = {"samples": torch.zeros(self.SEEDS, 4, 16, 16)}
+            (out,) = nodes.common_ksampler(model, 3, 20, 4.0, "euler", "normal", positive, negative, start)
+            return Eye.load().read(loaded.vae.decode(out["samples"])), out
+
+    def localized(self, loaded, **live):
+        regions = None
+        for name, phrase in zip(self.NAMES, self.PHRASES, strict=True):
+            file = characters.file_of(name, "unet")
+            defaults = {item.id: item.default for item in Localize.define_schema().inputs if getattr(item, "default", None) is not None}
+            given = defaults | {"name": name, "phrase": phrase, "lora_name": file, "regions": regions} | live
+            (regions,) = Localize.execute(**given).result
+        positive = text_encoders.encode(loaded.clip, self.TEXT)
+        return RegionsApply.execute(loaded.model, positive, [], regions, clip=loaded.clip, prompt=self.TEXT).result[0]
+
+    def in_place(self, readings) -> tuple[float, float]:
+        """Shares of the halves in which the surest object is its character, and the other one."""
+        right = wrong = 0
+        for reading in readings:
+            for side, name in enumerate(self.NAMES):
+                kinds = [seen.kind for seen in reading.objects if (seen.x >= 32) == bool(side)][:1]
+                right += kinds == [name]
+                wrong += kinds == [self.NAMES[1 - side]]
+        return right / (2 * self.SEEDS), wrong / (2 * self.SEEDS)
+
+    def test_each_is_where_its_words_are(self, loaded):
+        model = self.localized(loaded)
+        readings, out = self.draw(loaded, model)
+        right, swapped = self.in_place(readings)
+        everywhere = loaded.model
+        for name in self.NAMES:
+            everywhere = characters.with_lora(everywhere, characters.path_of(name, "unet"))
+        mixed, _ = self.in_place(self.draw(loaded, everywhere)[0])
+        assert right >= 0.7 and swapped <= 0.1 and right > mixed
+        assert "'robot'" in find(out["samples"]).describe()
