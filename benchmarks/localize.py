@@ -17,9 +17,10 @@ counts is the mean change of a pixel outside of what the eye sees in the charact
     lag_background_cut   1 - that change with the LoRA where its words are, over the same with it everywhere
     lag_identity_loss    share of pictures whose surest object in that half is the character, everywhere less localized
 
-The lab's characters were trained on clean backgrounds and hardly change others. For there to be anything to keep out, the figures above are
-of a spoilt character: its LoRA and the neon slider at 2 as one adapter. lag_clean_... are of the character's LoRA alone, lag_strong_... of
-it at strength 2.
+The lab's characters were trained on backgrounds of all kinds and hardly change one. For there to be anything to keep out, the figures above
+are of a spoilt character: its LoRA and the background slider at 2 as one adapter. lag_neon_... are of one with the neon slider at 2,
+lag_clean_... of the character's LoRA alone, lag_strong_... of it at strength 2. What the clean one changes everywhere is what a character
+in the place of a word without meaning changes by itself: lag_background_cut_over_clean is the cut of what is above that.
 
 Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew and
 keeps the others.
@@ -191,7 +192,7 @@ def measure_places(loaded, eye: Eye, kind: str, k: int, arm: str, n: int) -> dic
 # --- the rest of the picture ------------------------------------------------------------------------------------------------------
 
 REST_SIZE, REST = 64, 48  # pixels a side; pictures an arm
-NEON = 2.0
+SPOILT = 2.0
 OTHERS = ("red heart", "blue square", "green star", "yellow circle", "purple diamond", "orange cross")
 
 
@@ -221,13 +222,18 @@ def _strong(kind: str, name: str) -> list[tuple[dict, float]]:
     return [(loras_of(kind)[name], 2.0)]
 
 
-def _spoilt(kind: str, name: str) -> list[tuple[dict, float]]:
-    neon = adapters.read(host_lab.LORAS / f"concept_lab/sliders/{kind}/neon.safetensors")
-    return [*_clean(kind, name), (neon, NEON)]
+def _with_slider(slider: str, kind: str, name: str) -> list[tuple[dict, float]]:
+    state = adapters.read(host_lab.LORAS / f"concept_lab/sliders/{kind}/{slider}.safetensors")
+    return [*_clean(kind, name), (state, SPOILT)]
 
 
 # What is put on for a character: (LoRA, strength) pairs. Whatever Region LoRA takes may stand here.
-ADAPTERS: dict[str, Callable[[str, str], list[tuple[dict, float]]]] = {"spoilt": _spoilt, "clean": _clean, "strong": _strong}
+ADAPTERS: dict[str, Callable[[str, str], list[tuple[dict, float]]]] = {
+    "spoilt": partial(_with_slider, "background"),
+    "neon": partial(_with_slider, "neon"),
+    "clean": _clean,
+    "strong": _strong,
+}
 
 
 def everywhere(loaded, beside: Beside, held) -> Way:
@@ -340,6 +346,13 @@ def figures_of(rows: Sequence[dict]) -> dict[str, Figure]:
         head = "lag" if adapter == "spoilt" else f"lag_{adapter}"
         left = ratio(cases(own["ours"], "change"), cases(own["everywhere"], "change"))
         figures[f"{head}_background_cut"] = Figure(1 - left.value, 1 - left.high, 1 - left.low, left.n)
+        clean = next((row for row in rows if (row["part"], row.get("adapter"), row["arm"]) == ("rest", "clean", "everywhere")), None)
+        if adapter == "spoilt" and clean is not None:
+            own_share, all_of_it = (
+                [a - b for a, b in zip(cases(own[arm], "change"), cases(clean, "change"), strict=True)] for arm in ("ours", "everywhere")
+            )
+            rest = ratio(own_share, all_of_it)
+            figures["lag_background_cut_over_clean"] = Figure(1 - rest.value, 1 - rest.high, 1 - rest.low, rest.n)
         pairs = zip(cases(own["everywhere"], "identity"), cases(own["ours"], "identity"), strict=True)
         figures[f"{head}_identity_loss"] = mean([float(before) - float(after) for before, after in pairs])
     return figures
