@@ -25,14 +25,12 @@ from .window import Window
 
 BLOCK = "block"
 ARGMAX, OTSU, QUANTILE, MEDIAN, SOFT = "argmax", "otsu", "quantile", "median", "soft"
-
-
 LAYOUT = 2  # halvings of the latent at the decoder's attention that places things
 
 
 def layers_of(model) -> list[str]:
-    """Names of the attentions that say where things are: of a UNet the decoder's first on its third grid, which early steps lay the picture
-    out in (Concept Conductor takes the same one, arXiv 2408.03632); of others those that maps are read from. Raises UnsupportedFamily.
+    """Names of the attentions that say where things are: of a UNet the decoder's first on its third grid (Concept Conductor, arXiv
+    2408.03632, holds layouts of Stable Diffusion 1.5 by that one); of others those that maps are read from. Raises UnsupportedFamily.
     """
     names = capture.layers_of(model, capture.ALL)
     levels = {} if _jointly(model) else {name: sites(model, [f"{name}.to_q"])[f"{name}.to_q"].level for name in names}
@@ -126,12 +124,12 @@ class Masks:
 
 def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -> torch.Tensor:
     """(N, pictures, height, width) in 0..1, from maps (pictures, N + M, h, w) of N phrases and M of their backgrounds. Where several are
-    sought, a place goes to the one whose map, as a multiple of its own mean, is the highest; soft ones share it.
+    sought, a place goes to the one whose map is the highest in comparison with itself; soft ones share it.
     """
     cell = max(1, round(height / maps.shape[-2]))
-    maps = ops.resized(maps, height, width)
-    own, others = maps[:, : len(sought)], maps[:, len(sought) :]
-    won, heights, first, found = ops.winners(own), ops.heights(own), 0, []
+    rivals, maps = ops.resized(ops.log_relative(maps), height, width), ops.resized(maps, height, width)
+    (own, mine), others = (part[:, : len(sought)] for part in (maps, rivals)), rivals[:, len(sought) :]
+    won, heights, first, found = ops.winners(mine), ops.heights(own), 0, []
     for index, one in enumerate(sought):
         behind = others[:, first : first + len(one.background)]
         first += len(one.background)
@@ -141,7 +139,7 @@ def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -
             continue
         mask = won[:, index : index + 1]
         if behind.shape[1]:
-            mask = mask & (alone >= behind.amax(1, keepdim=True))
+            mask = mask & (mine[:, index : index + 1] >= behind.amax(1, keepdim=True))
         if one.live.threshold == OTSU:
             mask = mask & ops.over_otsu(alone)
         elif one.live.threshold != ARGMAX:
@@ -164,6 +162,7 @@ class LocalizeEffect(CaptureEffect):
         self.sought, self.length, self.share_out = tuple(sought), length, share_out
         super().__init__(model, layers, 0.0, max(one.live.until for one in sought))
         self.source = source or object()
+        self.followed = frozenset(layers_of(model)) & {*layers} or frozenset(layers)
         if any(one.live.scope == BLOCK for one in sought):
             self.behind = behind(model, layers)
         self.name = f"Maps of {', '.join(repr(one.bound.phrase) for one in sought)} in {len(layers)} layers"
@@ -186,7 +185,7 @@ class LocalizeEffect(CaptureEffect):
 
     def enter(self, call: Call) -> None:
         super().enter(call)
-        self.moving = [end.holds(call.sigma) if end.end > 0 else True for end in self.ends]
+        self.moving = [end.holds(call.sigma) for end in self.ends]
 
     def look_back(self, call: Call) -> None:
         super().look_back(call)
@@ -228,7 +227,7 @@ class LocalizeEffect(CaptureEffect):
     def _add(self, name: str, source: str, maps: torch.Tensor, now: Now, words: int) -> bool:
         if not super()._add(name, source, maps, now, words):
             return False
-        if source == ATTENTION:
+        if source == ATTENTION and name in self.followed:
             chunks = [number for number, (entry, *_) in enumerate(now.chunks) if entry == 0]
             each = len(maps) // max(1, len(now.chunks))
             for number in chunks:

@@ -123,7 +123,7 @@ class Spread:
         several = own or any(segment.reader for segment in self.segments)
         if not several:
             self.segments, self.texts = [Segment(frozenset(range(len(self.places))), None)], [[None] * len(self.texts[0])]
-            self._shared = self._cut(torch.ones(1, 1, *self.kind.full))
+            self._shared = self._cut(torch.ones(1, self._pictures, *self.kind.full))
         self.lengths = [max(self._tokens(text) for text in texts) for texts in self.texts]
         if not several and apart is None:
             return None

@@ -68,6 +68,14 @@ def relative(maps: Tensor) -> Tensor:
     return maps / maps.mean((-2, -1), keepdim=True).clamp(min=FLOOR)
 
 
+def log_relative(maps: Tensor) -> Tensor:
+    """Maps (..., h, w) as logarithms over their own geometric mean: what places differ by before the softmax. A sharp map and a flat one
+    then compete by where they are higher than themselves, and not by how sharp they are.
+    """
+    logs = maps.clamp(min=FLOOR).log()
+    return logs - logs.mean((-2, -1), keepdim=True)
+
+
 def resized(maps: Tensor, height: int, width: int) -> Tensor:
     """(N, K, h, w) -> (N, K, height, width): bicubic, as DAAM has it, and nowhere below a map's own lowest value."""
     if maps.shape[-2:] == (height, width):

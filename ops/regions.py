@@ -70,7 +70,7 @@ class Live:
     smoothing: float = 0.5
     start: float = 0.1
     end: float = 1.0
-    until: float = 1.0
+    until: float = 0.25
     largest: bool = False
     grown: int = 0
 
@@ -293,7 +293,7 @@ def _live(data: Any, where: str) -> Live:
         smoothing=fields.number("smoothing", _NEUTRAL_LIVE.smoothing, 0.0, SMOOTHEST),
         start=start,
         end=end,
-        until=fields.number("until", 1.0, 0.0, 1.0),
+        until=fields.number("until", _NEUTRAL_LIVE.until, 0.0, 1.0),
         largest=fields.flag("largest", False),
         grown=fields.number("grown", 0, 0, MOST_GROWN, whole=True),
     )

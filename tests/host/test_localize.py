@@ -84,6 +84,14 @@ class TestMasks:
         assert ((behind == 0) | (alone == 1)).all()
         assert behind.sum() < alone.sum()
 
+    def test_a_flat_map_and_a_sharp_one_compete_by_where_they_are_high(self):
+        """Of two maps that are each one half of the picture, each has its half, however sharp."""
+        left = torch.zeros(1, 1, 8, 8)
+        left[..., :4] = 1
+        maps = torch.cat([(5 * left).exp(), (0.1 * (1 - left)).exp()], 1)
+        first, second = cut(maps, sought(2), 8, 8)
+        assert torch.equal(first, left[0]) and torch.equal(second, 1 - left[0])
+
     def test_a_picture_does_not_see_the_others(self):
         maps = models.seeded((3, 2, 8, 8), 1).exp()
         for threshold in ("argmax", "otsu", "median", "soft"):
@@ -257,6 +265,18 @@ class TestMasksOfARun:
         torch.testing.assert_close(top + cat + rest, torch.ones(1, 8, 8))
         assert cat[..., 4:, :].any() and rest.any() and float(top[..., :4, :].min()) >= 0.5
 
+    @each_kind
+    @pytest.mark.parametrize("text", ["own", "none"])
+    def test_isolation_follows(self, kind, text):
+        model = models.build(kind)
+        regions = Regions()
+        for seed, name in enumerate(("cat", "dog")):
+            regions = regions.with_region(Region(name, live=Live(name, start=0.2)))
+            regions = regions.with_lora(name, Hung(name, models.lora(model, seed=seed), 0.8, 0.0))
+        apart, together = (put(model, regions, text, isolation=value, isolation_end=1.0).result[0] for value in (5.0, 0.0))
+        assert not torch.equal(models.sample(apart), models.sample(together))
+        torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
+
     def test_maps_of_words_draws_the_same_run(self):
         model = models.build()
         out = models.sample(acts(model))
@@ -353,7 +373,7 @@ class TestOwnBlock:
 
     def test_nothing_of_it_is_nothing(self, kind):
         model = models.build(kind)
-        assert torch.equal(models.sample(self.put(model, strength=0.0)), models.sample(model))
+        assert torch.equal(models.sample(self.put(model, strength=0.0, threshold="median")), models.sample(model))
         nowhere = models.sample(self.put(model, threshold="quantile", level=1.0))
         torch.testing.assert_close(nowhere, models.sample(model), rtol=0, atol=1e-6)
 

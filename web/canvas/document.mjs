@@ -20,7 +20,7 @@ const LORA_FIELDS = ["file", "model", "clip", "start", "end"];
 const THRESHOLDS = ["argmax", "otsu", "quantile", "median", "soft"];
 const SCOPES = ["step", "block"];
 const NEUTRAL_LIVE = {
-  phrase: "", background: "", threshold: THRESHOLDS[0], level: 0.5, scope: SCOPES[0], smoothing: 0.5, start: 0.1, end: 1, until: 1,
+  phrase: "", background: "", threshold: THRESHOLDS[0], level: 0.5, scope: SCOPES[0], smoothing: 0.5, start: 0.1, end: 1, until: 0.25,
   largest: false, grown: 0,
 };
 
