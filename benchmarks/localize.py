@@ -19,7 +19,7 @@ counts is the mean change of a pixel outside of what the eye sees in the charact
 
 The lab's characters were trained on backgrounds of all kinds and hardly change one. For there to be anything to keep out, the figures above
 are of a spoilt character: its LoRA and the background slider at 2 as one adapter. lag_neon_... are of one with the neon slider at 2,
-lag_clean_... of the character's LoRA alone, lag_strong_... of it at strength 2. What the clean one changes everywhere is what a character
+lag_clean_... of the character's LoRA alone. What the clean one changes everywhere is what a character
 in the place of a word without meaning changes by itself: lag_background_cut_over_clean is the cut of what is above that.
 
 Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew and
@@ -145,7 +145,7 @@ ARMS: dict[str, Callable[..., Way]] = {
 }
 ONE_BY_ONE = ("FreeFuse",)
 ON_UNET = ("LAG", "Conductor")
-FEW = ("plain", "FreeFuse", "masks", "ours")
+FEW = ("plain", "masks", "ours")
 SLOW = ("composite", "Conductor", "hook")  # a pass of the model for each LoRA: half of the pictures
 # (model, K): (pictures, arms)
 PLACES = {
@@ -218,10 +218,6 @@ def _clean(kind: str, name: str) -> list[tuple[dict, float]]:
     return [(loras_of(kind)[name], 1.0)]
 
 
-def _strong(kind: str, name: str) -> list[tuple[dict, float]]:
-    return [(loras_of(kind)[name], 2.0)]
-
-
 def _with_slider(slider: str, kind: str, name: str) -> list[tuple[dict, float]]:
     state = adapters.read(host_lab.LORAS / f"concept_lab/sliders/{kind}/{slider}.safetensors")
     return [*_clean(kind, name), (state, SPOILT)]
@@ -232,7 +228,6 @@ ADAPTERS: dict[str, Callable[[str, str], list[tuple[dict, float]]]] = {
     "spoilt": partial(_with_slider, "background"),
     "neon": partial(_with_slider, "neon"),
     "clean": _clean,
-    "strong": _strong,
 }
 
 
