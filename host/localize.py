@@ -124,7 +124,8 @@ class Masks:
 
 def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -> torch.Tensor:
     """(N, pictures, height, width) in 0..1, from maps (pictures, N + M, h, w) of N phrases and M of their backgrounds. Where several are
-    sought, a place goes to the one whose map is the highest in comparison with itself; soft ones share it.
+    sought, a place goes to the one whose map is the highest in comparison with itself; soft ones share it. A soft one without rivals is as
+    high as its map.
     """
     cell = max(1, round(height / maps.shape[-2]))
     rivals, maps = ops.resized(ops.log_relative(maps), height, width), ops.resized(maps, height, width)
@@ -135,7 +136,8 @@ def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -
         first += len(one.background)
         alone = own[:, index : index + 1]
         if one.live.threshold == SOFT:
-            found.append(heights[:, index])
+            everyone = torch.cat([mine, behind], 1)
+            found.append(everyone.softmax(1)[:, index] if everyone.shape[1] > 1 else heights[:, index])
             continue
         mask = won[:, index : index + 1]
         if behind.shape[1]:

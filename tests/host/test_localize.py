@@ -84,6 +84,12 @@ class TestMasks:
         assert ((behind == 0) | (alone == 1)).all()
         assert behind.sum() < alone.sum()
 
+    def test_soft_ones_share_every_place(self):
+        maps = models.seeded((2, 3, 8, 8), 1).exp()
+        shares = cut(maps, sought(3, threshold="soft"), 8, 8)
+        torch.testing.assert_close(shares.sum(0), torch.ones(2, 8, 8))
+        assert torch.equal(shares.argmax(0), cut(maps, sought(3), 8, 8).argmax(0))
+
     def test_a_flat_map_and_a_sharp_one_compete_by_where_they_are_high(self):
         """Of two maps that are each one half of the picture, each has its half, however sharp."""
         left = torch.zeros(1, 1, 8, 8)
@@ -474,9 +480,9 @@ class TestBehaviour:
     def localized(self, loaded, **live):
         regions = None
         for name, phrase in zip(self.NAMES, self.PHRASES, strict=True):
-            file = characters.file_of(name, "unet")
+            lora = adapters.read(characters.path_of(name, "unet"))
             defaults = {item.id: item.default for item in Localize.define_schema().inputs if getattr(item, "default", None) is not None}
-            given = defaults | {"name": name, "phrase": phrase, "lora_name": file, "regions": regions} | live
+            given = defaults | {"name": name, "phrase": phrase, "lora": lora, "regions": regions} | live
             (regions,) = Localize.execute(**given).result
         positive = text_encoders.encode(loaded.clip, self.TEXT)
         return RegionsApply.execute(loaded.model, positive, [], regions, clip=loaded.clip, prompt=self.TEXT).result[0]
