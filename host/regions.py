@@ -123,9 +123,10 @@ class Regions:
         """(K, height, width): the regions' shares in order."""
         return self.document.masks(height, width, self.masks)
 
-    def live(self) -> list[Region]:
-        """Those that are found while sampling."""
-        return [region for region in self.document.regions if region.live is not None]
+    def live(self) -> list[int]:
+        """Numbers of those that are found while sampling."""
+        listed = enumerate(self.document.regions)
+        return [index for index, region in listed if region.live is not None and region.visible and region.weight > 0]
 
 
 class TextEffect(Effect):
@@ -182,14 +183,9 @@ class Drawing:
     def with_live(self, height: int, width: int, found: torch.Tensor) -> torch.Tensor:
         """(K, pictures, height, width), from the masks (N, pictures, height, width) of the live regions."""
         document = self.regions.document
-        pictures, live = found.shape[1], iter(found)
-        drawn = self.own(height, width).to(found.device)
-        masks = torch.stack(
-            [
-                own[None] * next(live) if region.live is not None else own.expand(pictures, -1, -1)
-                for region, own in zip(document.regions, drawn, strict=True)
-            ]
-        )
+        pictures = found.shape[1]
+        masks = self.own(height, width).to(found.device)[:, None].repeat(1, pictures, 1, 1)
+        masks[self.regions.live()] *= found
         return document.shared_out(masks.flatten(1, 2)).unflatten(1, (pictures, height))
 
     def of(self, index: int) -> Callable[[int, int], torch.Tensor]:
@@ -302,7 +298,7 @@ def _jointly(family: Family) -> bool:
 def _finder(patcher, regions: Regions, drawing: Drawing, clip, family: Family, prompt: str, positive: Sequence) -> LocalizeEffect | None:
     """What finds the live regions, or None where there are none. Raises RegionsError and MapsError."""
     listed = regions.document.regions
-    live = [index for index, region in enumerate(listed) if region.live is not None and region.visible and region.weight > 0]
+    live = regions.live()
     if not live:
         return None
     if clip is None or not prompt.strip():

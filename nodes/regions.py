@@ -325,7 +325,7 @@ class RegionsToMasks(io.ComfyNode):
         if not regions.names():
             raise ValueError("There are no regions, so there are no masks. Add a region first.")
         if regions.live():
-            listed = ", ".join(f"'{region.name}'" for region in regions.live())
+            listed = ", ".join(f"'{regions.names()[index]}'" for index in regions.live())
             raise ValueError(
                 f"{listed}: found by words while a picture is sampled, so there is no mask before. Maps of Words, behind the sampler, "
                 "draws where the model put them."
@@ -386,7 +386,9 @@ class RegionsApply(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter.",
+                    tooltip=(
+                        "Reads the regions' prompts. Neutral: not connected, if no region has a prompt or a filter or is found by words."
+                    ),
                 ),
                 io.String.Input(
                     "prompt",
@@ -394,8 +396,8 @@ class RegionsApply(io.ComfyNode):
                     optional=True,
                     force_input=True,
                     tooltip=(
-                        "The text that positive was made from: for text 'span', which finds the regions' words in it, and for filters on "
-                        "regions that have no prompt of their own. Neutral: empty."
+                        "The text that positive was made from: for text 'span', which finds the regions' words in it, for regions that are "
+                        "found by words, and for filters on regions that have no prompt of their own. Neutral: empty."
                     ),
                 ),
             ],

@@ -1,6 +1,7 @@
 """Regions found by words while a picture is sampled: masks of the running model's own attention."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import models
 import pytest
@@ -282,6 +283,14 @@ class TestMasksOfARun:
         apart, together = (put(model, regions, text, isolation=value, isolation_end=1.0).result[0] for value in (5.0, 0.0))
         assert not torch.equal(models.sample(apart), models.sample(together))
         torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
+
+    def test_a_hidden_one_is_not_sought_and_takes_nothing(self):
+        model = models.build()
+        pair = [Region(name, live=Live(name, threshold="median", start=0.0)) for name in ("cat", "dog")]
+        lora = models.lora(model)
+        alone = Regions().with_region(pair[1]).with_lora("dog", Hung("dog", lora))
+        hidden = Regions().with_region(replace(pair[0], visible=False)).with_region(pair[1]).with_lora("dog", Hung("dog", lora))
+        assert torch.equal(models.sample(put(model, hidden).result[0]), models.sample(put(model, alone).result[0]))
 
     def test_maps_of_words_draws_the_same_run(self):
         model = models.build()
