@@ -146,8 +146,7 @@ ARMS: dict[str, Callable[..., Way]] = {
 ONE_BY_ONE = ("FreeFuse",)
 ON_UNET = ("LAG", "Conductor")
 FEW = ("plain", "masks", "ours")
-SLOW = ("composite", "Conductor", "hook")  # a pass of the model for each LoRA: half of the pictures
-# (model, K): (pictures, arms)
+# (model, K): (pictures, arms); of arms that are not among these few, half of them
 PLACES = {
     ("unet", 3): (36, tuple(ARMS)),
     ("unet", 5): (24, FEW),
@@ -378,7 +377,7 @@ def measure(sample_only: bool, again: Sequence[str] = ()) -> list[dict]:
             loaded = host_lab.load(kind)
             for arm in arms:
                 if not again or arm in again:
-                    keep(measure_places(loaded, eye, kind, k, arm, n // 2 if arm in SLOW else n))
+                    keep(measure_places(loaded, eye, kind, k, arm, n if arm in FEW else n // 2))
     return rows
 
 
