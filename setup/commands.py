@@ -67,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
+    benched.add_argument("--again", nargs="+", metavar="ARM", default=[], help="localize: measure these arms anew and keep the others")
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -147,8 +148,11 @@ def run_benchmark(options) -> int:
     for option in ("released", "ours"):
         if getattr(options, option) and options.name != "sliders":
             raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
+    if options.again and options.name != "localize":
+        raise SetupError(f"bench {options.name} has no --again; bench localize has.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
+    passed += ["--again", *options.again] if options.again else []
     passed += ["--released", str(options.released.absolute())] if options.released else []
     needs_tools = options.released is not None or (options.name == "filter" and not options.check)
     return Ready(tools=needs_tools).inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)

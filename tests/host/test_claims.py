@@ -1,10 +1,13 @@
 """What the documentation says of the pack is what the committed benchmarks found."""
 
 import json
+import math
 import re
 
 from concept_nodes.benchmarks import binding as of_binding
 from concept_nodes.benchmarks import filter as of_filter
+from concept_nodes.benchmarks import localize as of_localize
+from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks._report import RESULTS, Figure
@@ -80,3 +83,20 @@ def test_the_binding_page_tells_what_was_measured():
         line = f"{found[key].value:.3f} [{found[key].low + 0.0:.3f}, {found[key].high:.3f}]"
         assert f"| `{key}` | {line if claim.met(found[key]) else f'**{line}**'} |" in told
         assert found[key].n >= 192
+
+
+def test_the_page_of_localized_sampling_tells_what_was_measured():
+    """Figures are those that the committed cases make; a claim that is missed stands in bold."""
+    told = (README.parent / "docs" / "localize.md").read_text(encoding="utf-8")
+    of_places, maps = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("localize", "maps"))
+    found = {key: Figure(**figure) for key, figure in (of_places["figures"] | maps["figures"]).items()}
+    made = of_localize.figures_of(of_places["arms"])
+    assert set(made) == set(of_places["figures"])
+    assert all(math.isclose(made[key].value, found[key].value, abs_tol=1e-6) for key in made)
+    assert of_localize.table(of_places["arms"]) in told and of_localize.rest_table(of_places["arms"]) in told
+    assert of_maps.table(found) in told
+    for key, claim in (of_localize.CLAIMS | of_maps.CLAIMS).items():
+        figure = found[key]
+        line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high + 0.0:.3f}]"  # no minus before nought
+        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
+        assert figure.n >= 48 or key == "capture_step_ratio"
