@@ -67,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
+    benched.add_argument("--part", action="append", metavar="PART", help="steer: measure this part anew, keep the others' figures")
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -147,8 +148,11 @@ def run_benchmark(options) -> int:
     for option in ("released", "ours"):
         if getattr(options, option) and options.name != "sliders":
             raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
+    if options.part and options.name != "steer":
+        raise SetupError(f"bench {options.name} has no --part; bench steer has.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
+    passed += [word for part in options.part or () for word in ("--part", part)]
     passed += ["--released", str(options.released.absolute())] if options.released else []
     needs_tools = options.released is not None or (options.name == "filter" and not options.check)
     return Ready(tools=needs_tools).inside(f"concept_nodes.benchmarks.{options.name}", *passed, device=options.device)
