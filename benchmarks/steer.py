@@ -1,6 +1,6 @@
 """Concepts steered by the latents of sparse autoencoders and along dense directions, beside other ways. `python run.py bench steer`.
 
-The lab's models at 64 pixels, 20 Euler steps, CFG 4, and what ships for them: an autoencoder of the text encoder and one of each model, and
+The lab's models at 64 pixels, 12 Euler steps, CFG 4, and what ships for them: an autoencoder of the text encoder and one of each model, and
 twelve concepts found in them. The eye says what is drawn.
 
     erase_rate        pictures that hold the concept that was asked for, ours on the text (mean over the concepts)
@@ -53,6 +53,7 @@ from ..host.poles import POOLED
 from ..host.sae_finding import io_of, site_of
 from ..host.sae_sources import model_rows, text_rows
 from ..host.text_steering import BUT_FIRST
+from ..lab.attributes import SURE
 from ..lab.captions import IMAGE_TRAINING, Writer, write_captions
 from ..lab.concepts import CONCEPTS, amount, asked, holds, open_captions, prompts
 from ..lab.eye import Eye, Reading
@@ -70,10 +71,13 @@ from .regional import Graph, _middle, random_context, ratios, wide_model
 from .sliders import spearman
 
 log = logging.getLogger("concept_nodes.bench")
-SIZE, STEPS, CFG, SEED = 64, 20, 4.0, 61_000
+SIZE, STEPS, CFG, SEED = 64, 12, 4.0, 61_000
 FIND_SEED = 300  # captions that SAeUron's statistics are of
-DOSES = tuple(-2 + 0.5 * step for step in range(9))
-N, FEW, SAMPLE = 24, 12, 8  # texts a concept: of what is claimed, of other arms, of a check
+OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
+DOSES = tuple(0.25 * step for step in range(9))
+N, FEW, SAMPLE = 16, 8, 6  # texts a concept: of what is claimed, of other arms, of a check
+INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
+ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
 CLAIMS = {
     "erase_rate": Claim(high=0.05),
@@ -201,23 +205,25 @@ def saeurons(shipped: Shipped, concept: str) -> dict[str, Way]:
 def ways(shipped: Shipped, concept: str, few: bool) -> dict[str, Way]:
     """All arms, or the claimed ones alone."""
     ours, own = shipped.features(concept), shipped.features(concept, where=shipped.kind)
+    text = on_text(shipped, ours, OUT, ABLATE, gate=1.0)
     found = {
         "none": plain(shipped),
-        "ours": on_text(shipped, ours, 1.0, ABLATE, gate=1.0),
-        "ours model": in_model(shipped, own, 1.0, ABLATE),
-        "ours both": in_model(shipped, own, 1.0, ABLATE, on_text(shipped, ours, 1.0, ABLATE, gate=1.0)),
-        "random": on_text(shipped, shuffled(ours, shipped.text.sae, SEED), 1.0, ABLATE),
+        "ours": text,
+        "ours model": in_model(shipped, own, OUT, ABLATE),
+        "ours both": in_model(shipped, own, OUT, ABLATE, text),
+        "random": on_text(shipped, shuffled(ours, shipped.text.sae, SEED), OUT, ABLATE),
     }
     if few:
         return found
     return found | {
         "negative": as_negative(shipped, concept),
         "filter": filtered(shipped, concept),
-        "dense": on_text(shipped, shipped.features(concept, DENSE), 1.0, ABLATE),
-        "dense model": in_model(shipped, shipped.features(concept, DENSE, shipped.kind), 1.0, ABLATE),
+        "dense": on_text(shipped, shipped.features(concept, DENSE), OUT, ABLATE),
+        "dense model": in_model(shipped, shipped.features(concept, DENSE, shipped.kind), OUT, ABLATE),
         "steerers": steerers(shipped, concept),
         **saeurons(shipped, concept),
-        "ours free": on_text(shipped, ours, 1.0, ABLATE),
+        "ours free": on_text(shipped, ours, OUT, ABLATE),
+        "ours at 1": on_text(shipped, ours, 1.0, ABLATE, gate=1.0),
     }
 
 
@@ -314,7 +320,7 @@ def measure_erasing(shipped: Shipped, cases: Cases, sample: bool, prefix: str = 
 def measure_gate(shipped: Shipped, n: int) -> tuple[dict[str, Figure], list[dict]]:
     same, passed, rows = [], [], []
     for concept in CONCEPTS:
-        way, bare = on_text(shipped, shipped.features(concept), 1.0, ABLATE, gate=1.0), plain(shipped)
+        way, bare = on_text(shipped, shipped.features(concept), OUT, ABLATE, gate=1.0), plain(shipped)
         told = []
         for there in (False, True):
             texts = asked(concept, n, SEED + (not there), there=there)
@@ -330,7 +336,9 @@ def measure_gate(shipped: Shipped, n: int) -> tuple[dict[str, Figure], list[dict
 
 
 class Dose(NamedTuple):
-    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity."""
+    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity. Past SURE
+    log-odds are all one but for their rank.
+    """
 
     amount: torch.Tensor
     distance: torch.Tensor
@@ -339,17 +347,16 @@ class Dose(NamedTuple):
     def at(self, distances: torch.Tensor) -> torch.Tensor:
         """Mean log-odds at distances (K,), along the strengths from 0 up, by straight lines; NaN beyond the greatest."""
         zero = DOSES.index(0.0)
-        x, y = self.distance[:, zero:].mean(0), self.amount[:, zero:].mean(0)
+        x, y = self.distance[:, zero:].mean(0), self.amount[:, zero:].clamp(-SURE, SURE).mean(0)
         x = x.cummax(0).values
         at = torch.searchsorted(x, distances).clamp(1, len(x) - 1)
         part = ((distances - x[at - 1]) / (x[at] - x[at - 1]).clamp_min(1e-9)).clamp(0, 1)
         return torch.where(distances <= x[-1], y[at - 1] + part * (y[at] - y[at - 1]), torch.nan)
 
 
-def dose(shipped: Shipped, concept: str, steer: Callable[[float], Way], n: int) -> Dose:
-    texts = open_captions(concept, n, SEED + 2)
-    pictures = [draw(shipped, steer(strength) if strength else plain(shipped), texts, SEED + 2000) for strength in DOSES]
-    zero = pictures[DOSES.index(0.0)]
+def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor) -> Dose:
+    """zero: the texts' pictures at strength 0."""
+    pictures = [draw(shipped, steers(strength), texts, SEED + 2000) if strength else zero for strength in DOSES]
     readings = [shipped.eye.read(one) for one in pictures]
     return Dose(
         torch.tensor([[amount(concept, one) for one in many] for many in readings], dtype=torch.float64).T,
@@ -379,17 +386,19 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
         if not sample:
             arms |= {"dense": shipped.features(concept, DENSE), "random": shuffled(ours, shipped.text.sae, SEED)}
         steers = {arm: lambda strength, found=found: on_text(shipped, found, strength, ADD) for arm, found in arms.items()}
-        if not sample:
+        if not sample and concept in INSIDE:
             own = {way: shipped.features(concept, way, shipped.kind) for way in (LATENTS, DENSE)}
             for arm, found in {"ours model": own[LATENTS], "dense model": own[DENSE]}.items():
                 steers[arm] = lambda strength, found=found: in_model(shipped, found, strength, ADD)
+        texts = open_captions(concept, n, SEED + 2)
+        zero = draw(shipped, plain(shipped), texts, SEED + 2000)
         for arm, steer in steers.items():
-            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, n)
+            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts, zero)
             rows.append(
                 {
                     "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": n,
                     "spearman": round(float(spearman(told.amount).mean()), 4),
-                    "amount": [round(value, 3) for value in told.amount.mean(0).tolist()],
+                    "amount": [round(value, 3) for value in told.amount.clamp(-SURE, SURE).mean(0).tolist()],
                     "distance": [round(value, 4) for value in told.distance.mean(0).tolist()],
                     "valid": [round(value, 4) for value in told.valid.double().mean(0).tolist()],
                 }
@@ -406,7 +415,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
 
     figures = {
         "spearman": of("ours", lambda one: spearman(one.amount)),
-        "span": of("ours", lambda one: (one.amount[:, -1] - one.amount[:, 0]) / 12),
+        "span": of("ours", lambda one: (one.amount[:, -1].clamp(-SURE, SURE) - one.amount[:, 0].clamp(-SURE, SURE)) / (2 * SURE)),
         "dose_validity": lost("ours"),
     }
     if not sample:
@@ -538,8 +547,6 @@ def calls_ratio(shipped: Shipped) -> Figure:
 
 # --- the whole --------------------------------------------------------------------------------------------------------------------
 
-DIT_CONCEPTS = ("circle", "red", "striped", "neon")
-
 
 def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -560,11 +567,11 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
         if "erase" in parts:
             take(measure_erasing(unet, Cases(SAMPLE, SAMPLE, SAMPLE) if sample else Cases(N, FEW, FEW), sample))
         if "dose" in parts:
-            take(measure_doses(unet, 4 if sample else 8, sample))
+            take(measure_doses(unet, 3 if sample else 6, sample))
         if "dit" in parts and not sample:
             dit = Shipped.load("dit")
-            take(measure_erasing(dit, Cases(FEW, FEW, SAMPLE), True, "dit_"))
-            take(measure_doses(dit, 4, True, "dit_", DIT_CONCEPTS))
+            take(measure_erasing(dit, Cases(FEW, FEW, SAMPLE, ON_DIT), True, "dit_"))
+            take(measure_doses(dit, 4, True, "dit_", INSIDE))
         if "cost" in parts:
             figures["text_calls_ratio"] = calls_ratio(unet)
             if not sample:

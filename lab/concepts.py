@@ -7,7 +7,6 @@ import random
 
 import torch
 
-from .attributes import SURE
 from .captions import COMPLETE, PLACE_WORDS, Writer, describe, write_captions
 from .eye import Reading
 from .measure import Asked, ask
@@ -22,7 +21,7 @@ CONCEPTS = {
     **dict.fromkeys(("neon", "vintage"), "style"),
 }
 VALUE = {"outlined": "outline"}  # where scenes call it otherwise
-TINY = 1e-9
+TINY, LIMIT = 1e-30, 15.0  # the eye's shares are of seven digits
 
 
 def index_of(concept: str) -> int:
@@ -81,13 +80,14 @@ def open_captions(concept: str, n: int, seed: int) -> list[str]:
 
 
 def amount(concept: str, reading: Reading) -> float:
-    """How much of a concept a picture has: log-odds of its word over all others, at most SURE; -SURE where nothing is seen."""
+    """How much of a concept a picture has: log-odds of its word over all others, at most LIMIT; -LIMIT where nothing is seen."""
     attribute = CONCEPTS[concept]
     if attribute == "style":
         shares = reading.styles
     elif reading.objects:
         shares = reading.objects[0].odds[{"shape": "kind"}.get(attribute, attribute)]
     else:
-        return -SURE
+        return -LIMIT
     share = float(shares.double()[index_of(concept)])
-    return max(-SURE, min(SURE, math.log(max(share, TINY)) - math.log(max(1 - share, TINY))))
+    rest = float(shares.double().sum()) - share
+    return max(-LIMIT, min(LIMIT, math.log(max(share, TINY)) - math.log(max(rest, TINY))))

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..host import features, sae_files
 from ..host import lab as host_lab
-from ..host import sae_files
+from ..host.directions import ROWS, WORDS
 from .captions import IMAGE_TRAINING, Writer, write_captions
 from .concepts import CONCEPTS, prompts
 from .scenes import sample_scenes
@@ -32,32 +33,40 @@ KINDS = (TEXT, *host_lab.MODELS)
 LATENTS, DENSE = "latents", "dense"
 WAYS = (LATENTS, DENSE)
 TRAIN_SEED, FIND_SEED = 77, 100
+POOLED = {"style": ROWS}  # of texts: styles are carried by the rows behind the words as well
 log = logging.getLogger("concept_nodes.lab")
 
 
 class Recipe(NamedTuple):
-    """How an autoencoder is trained and its concepts are found. captions: how many it is trained on; asked: prompts with a concept and as
-    many without; train, find, dense: inputs of the three nodes.
+    """How autoencoders are trained and concepts found in them. sites: one autoencoder each, the first the most telling; captions: how many
+    they are trained on; asked: prompts with a concept and as many without; train, find: inputs of the nodes.
     """
 
+    sites: tuple[str, ...]
     captions: int
     asked: int
     train: dict
     find: dict
-    dense: dict
 
 
-PICTURES = {"width": 64, "height": 64, "cfg": 4.0, "levels": 4}
+PICTURES = {"width": 64, "height": 64, "cfg": 4.0}
+EVERY_STEP = {"sampling_steps": 12, "levels": 12}
 RECIPES = {
-    TEXT: Recipe(600, 24, {"expansion": 2, "k": 16, "steps": 1500, "batch": 512}, {"top": 8}, {}),
-    "unet": Recipe(256, 12, {"expansion": 4, "k": 16, "steps": 2000, "batch": 512} | PICTURES, {"top": 8}, {}),
-    "dit": Recipe(256, 12, {"expansion": 4, "k": 16, "steps": 2000, "batch": 512} | PICTURES, {"top": 8}, {}),
-}
+    TEXT: Recipe(("clip_l.3",), 600, 24, {"expansion": 4, "k": 16, "steps": 1500, "batch": 512}, {"top": 8}),
+    "unet": Recipe(
+        ("output_blocks.4.1.transformer_blocks.0.attn2",), 256, 8,
+        {"expansion": 4, "k": 32, "steps": 1000, "batch": 512} | PICTURES | EVERY_STEP, {"top": 8, "levels": 4} | PICTURES,
+    ),
+    "dit": Recipe(
+        ("single_blocks.1",), 256, 8,
+        {"expansion": 4, "k": 32, "steps": 1000, "batch": 256} | PICTURES | EVERY_STEP, {"top": 8, "levels": 4} | PICTURES,
+    ),
+}  # fmt: skip
 
 
-def sae_name(kind: str) -> str:
-    """An autoencoder's file as the host lists it."""
-    return f"{FOLDER}/{kind}.safetensors"
+def sae_name(kind: str, at: int = 0) -> str:
+    """An autoencoder's file as the host lists it; `at`: the number of its site."""
+    return f"{FOLDER}/{kind}{f'_{at + 1}' if at else ''}.safetensors"
 
 
 def features_name(kind: str, concept: str, way: str) -> str:
@@ -65,8 +74,8 @@ def features_name(kind: str, concept: str, way: str) -> str:
     return f"{FOLDER}/{kind}/{concept}{'' if way == LATENTS else '_dense'}.safetensors"
 
 
-def sae_path(kind: str) -> Path:
-    return host_lab.SAES / sae_name(kind)
+def sae_path(kind: str, at: int = 0) -> Path:
+    return host_lab.SAES / sae_name(kind, at)
 
 
 def features_path(kind: str, concept: str, way: str) -> Path:
@@ -84,28 +93,33 @@ def model_of(kind: str) -> str:
     return host_lab.MODELS[0] if kind == TEXT else kind
 
 
-def training(kind: str) -> dict:
+def training(kind: str, at: int = 0) -> dict:
     """The workflow that trains, node by node, as a queue takes it."""
     recipe = RECIPES[kind]
     inputs = {
         "clip": ["1", 1], "prompts": "\n".join(captions(recipe.captions)), "where": "text encoder" if kind == TEXT else "model",
-        "site": "auto", "kind": "topk", "seed": 0, "name": kind,
+        "site": recipe.sites[at], "kind": "topk", "seed": at, "name": kind,
     }  # fmt: skip
     inputs |= recipe.train | ({} if kind == TEXT else {"model": ["1", 0]})
     return {"1": _node("LabLoader", {"model": model_of(kind)}), "2": _node("SAETrain", inputs)}
 
 
 def finding(kind: str, concepts: Sequence[str]) -> dict[str, dict]:
-    """The workflow that finds; nodes of a concept are called by it and the way, "red latents"."""
+    """The workflow that finds; nodes of a concept are called by it and the way, "red dense", or the number of the site, "red 0"."""
     recipe = RECIPES[kind]
-    graph = {"1": _node("LabLoader", {"model": model_of(kind)}), "2": _node("SAELoader", {"file": sae_name(kind)})}
-    where = {} if kind == TEXT else {"model": ["1", 0], **PICTURES}
+    graph = {"1": _node("LabLoader", {"model": model_of(kind)})}
+    for at in range(len(recipe.sites)):
+        graph[f"sae {at}"] = _node("SAELoader", {"file": sae_name(kind, at)})
     for concept in concepts:
+        where = {"pooling": POOLED.get(CONCEPTS[concept], WORDS)} if kind == TEXT else {"model": ["1", 0]}
         with_it, without = ("\n".join(side) for side in prompts(concept, recipe.asked, FIND_SEED))
         both = {"clip": ["1", 1], "positive": with_it, "negative": without, "file_name": "", **where}
-        latents = {"sae": ["2", 0], "score": "share difference", **both, **recipe.find}
-        dense = {"where": "text encoder" if kind == TEXT else "model", "site": "auto", **both, **recipe.dense}
-        graph[f"{concept} {LATENTS}"], graph[f"{concept} {DENSE}"] = _node("SAEFind", latents), _node("DirectionFind", dense)
+        for at in range(len(recipe.sites)):
+            graph[f"{concept} {at}"] = _node("SAEFind", {"sae": [f"sae {at}", 0], "score": "share difference", **both, **recipe.find})
+        dense = both | {key: value for key, value in recipe.find.items() if key != "top"}
+        graph[f"{concept} {DENSE}"] = _node(
+            "DirectionFind", {"where": "text encoder" if kind == TEXT else "model", "site": "auto", **dense}
+        )
     return graph
 
 
@@ -127,11 +141,11 @@ def trained_into(folder: Path) -> Iterator[None]:
         folder_paths.folder_names_and_paths[sae_files.FOLDER] = kept
 
 
-def train(kind: str, output: Path) -> None:
+def train(kind: str, at: int, output: Path) -> None:
     """Train by the workflow and write the file, with the seconds that it took."""
     began = time.monotonic()
     with scratch_folders(), tempfile.TemporaryDirectory() as scratch, trained_into(Path(scratch)):
-        file, _, _, report = outputs_of(training(kind))("2")
+        file, _, _, report = outputs_of(training(kind, at))("2")
     seconds = time.monotonic() - began
     log.info("%s\n%s", kind, report)
     config = {key: value for key, value in file.config.items() if key != "identity"} | {"seconds": round(seconds, 1)}
@@ -140,16 +154,16 @@ def train(kind: str, output: Path) -> None:
 
 
 def find(kind: str, concepts: Sequence[str], output: Path) -> None:
-    """Find by the workflow and write the files below a folder."""
-    from ..host import features
-
+    """Find by the workflow and write the files below a folder: latents of several sites in one, as directions of several layers are."""
     host_lab.show_files()
     outputs = outputs_of(finding(kind, concepts))
     for concept in concepts:
         for way in WAYS:
-            found, report = outputs(f"{concept} {way}")
-            log.info("%s %s, %s\n%s", kind, concept, way, report)
-            features.write(found._replace(name=f"{concept} ({way})"), output / features_name(kind, concept, way))
+            nodes = [f"{concept} {DENSE}"] if way == DENSE else [f"{concept} {at}" for at in range(len(RECIPES[kind].sites))]
+            found, reports = zip(*map(outputs, nodes), strict=True)
+            log.info("%s %s, %s\n%s", kind, concept, way, "\n".join(reports))
+            whole = found[0]._replace(name=f"{concept} ({way})", more=found[0].more + found[1:])
+            features.write(whole, output / features_name(kind, concept, way))
 
 
 def main(argv: list[str]) -> int:
@@ -161,8 +175,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for kind in options.model or KINDS:
-        if options.what in ("train", "all"):
-            train(kind, sae_path(kind))
+        for at in range(len(RECIPES[kind].sites)) if options.what in ("train", "all") else ():
+            train(kind, at, sae_path(kind, at))
         if options.what in ("find", "all"):
             find(kind, options.concept or tuple(CONCEPTS), options.output)
     return 0

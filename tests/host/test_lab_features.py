@@ -57,7 +57,7 @@ def test_every_file_ships_and_is_small():
     shipped_files = {path.relative_to(lab.FEATURES).as_posix() for path in lab.FEATURES.rglob("*.safetensors")}
     assert shipped_files == {shipped.features_name(*one) for one in EVERY}
     assert {path.relative_to(lab.SAES).as_posix() for path in lab.SAES.rglob("*.safetensors")} == {
-        shipped.sae_name(kind) for kind in shipped.KINDS
+        shipped.sae_name(kind, at) for kind in shipped.KINDS for at in range(len(shipped.RECIPES[kind].sites))
     }
     assert sum(path.stat().st_size for folder in (lab.SAES, lab.FEATURES) for path in folder.rglob("*.safetensors")) <= 3e6
 

@@ -6,9 +6,12 @@ import torch
 from concept_nodes.host import lab, sae_loss
 from concept_nodes.host.directions import Runs, levels_of
 from concept_nodes.host.sae_files import SAEFile
+from concept_nodes.lab.measure import ask
+from concept_nodes.lab.scenes import render
 from concept_nodes.ops.sae import RELU, SAE
 
-TEXTS = ["a large red star on the left on a grey background", "a small blue heart at the top on a white background"]
+ASKED = ask(4, objects=1, size=64, seed=3, plain=True)
+TEXTS = list(ASKED)
 SITES = {"unet": ("output_blocks.2.1", 64), "dit": ("double_blocks.1", 160)}
 
 
@@ -30,14 +33,15 @@ def loaded(kind):
 
 
 @pytest.fixture(scope="module")
-def latents(kind):
-    side = 64 // lab.downscale(kind)
-    return torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(1))
+def latents(loaded):
+    """Of pictures that the texts tell of: without, no row would be missed."""
+    with torch.inference_mode():
+        return loaded.vae.encode(render(ASKED.scenes).movedim(1, -1))
 
 
 @pytest.fixture(scope="module")
 def levels(loaded):
-    return levels_of(loaded.model, Runs(64, 64, 12, 4.0, 3, 1, 0))[1:]
+    return levels_of(loaded.model, Runs(64, 64, 12, 4.0, 4, 1, 0))[1:3]
 
 
 def identity(width: int, site: str, io: str, family=None) -> SAEFile:
@@ -52,7 +56,7 @@ def test_the_loss_is_that_of_what_the_model_predicts(kind, loaded, latents, leve
     conditions, model = sae_loss.Conditions.of(loaded.clip, TEXTS), loaded.model.model
     found = sae_loss.losses(loaded.model, conditions, latents, levels[:1], 3)[0]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
-    x0, sigma = model.process_latent_in(latents), torch.full((2,), levels[0])
+    x0, sigma = model.process_latent_in(latents), torch.full((4,), levels[0])
     noised = model.model_sampling.noise_scaling(sigma[:, None, None, None], noise, x0)
     extra = {"y": conditions.pooled["pooled_output"]} if kind == "dit" else {}
     clean = model.apply_model(noised, sigma, c_crossattn=conditions.contexts, **extra)
@@ -77,7 +81,7 @@ def test_all_is_recovered_by_what_loses_nothing_and_nothing_by_the_mean(kind, lo
     site, width = SITES[kind]
     file = identity(width, site, "out")
     told = sae_loss.measure(loaded.model, loaded.clip, file, TEXTS, latents, levels)
-    assert told.plain.shape == (2, 2)
+    assert told.plain.shape == (2, 4)
     assert told.recovered == pytest.approx(1.0, abs=1e-3)
     blind = file._replace(sae=file.sae._replace(W_dec=torch.zeros_like(file.sae.W_dec)))
     lost = sae_loss.measure(loaded.model, loaded.clip, blind, TEXTS, latents, levels)
