@@ -46,7 +46,7 @@ from ..host import features as host_features
 from ..host import lab as host_lab
 from ..host import sae_files, sae_loss
 from ..host.directions import Runs, levels_of
-from ..host.feature_sites import blocks, layers, text_sites, width_at
+from ..host.feature_sites import blocks, checked_site, layers, text_sites, width_at
 from ..host.features import Features
 from ..host.filter import OURS, Settings, keep_out
 from ..host.poles import POOLED
@@ -57,7 +57,7 @@ from ..lab.attributes import SURE
 from ..lab.captions import IMAGE_TRAINING, Writer, write_captions
 from ..lab.concepts import CONCEPTS, amount, asked, holds, open_captions, prompts
 from ..lab.eye import Eye, Reading
-from ..lab.features import DENSE, LATENTS, PICTURES, TEXT, features_path, sae_path
+from ..lab.features import DENSE, LATENTS, TEXT, features_path, sae_path
 from ..lab.measure import Asked, hits
 from ..lab.scenes import COLOURS, FILLS, KINDS, STYLES, render, sample_scenes
 from ..nodes._shared import NONE
@@ -72,6 +72,7 @@ from .sliders import spearman
 
 log = logging.getLogger("concept_nodes.bench")
 SIZE, STEPS, CFG, SEED = 64, 12, 4.0, 61_000
+LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(0.25 * step for step in range(9))
@@ -425,7 +426,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
         for row in rows:
             if row["arm"] == "ours":
                 row["lead"] = [round(value, 3) for value in leads[row["concept"]][:3]]
-        level = [one.high >= 0 for one in leads.values()]
+        level = [one.high >= 0 and one.value >= -1 for one in leads.values()]
         figures["concepts_level_with_dense"] = Figure(sum(level), sum(level), sum(level), len(level))
     return {prefix + key: figure for key, figure in figures.items()}, rows
 
@@ -445,8 +446,9 @@ def rows_of(shipped: Shipped, file: sae_files.SAEFile, kind: str, texts: Sequenc
     if kind == TEXT:
         parts = list(text_rows(loaded.clip, text_sites(loaded.clip, site), texts, "all rows", SEED, endless=False))
     else:
-        runs = Runs(SIZE, SIZE, 12, PICTURES["cfg"], PICTURES["levels"], 1, SEED)
-        source = model_rows(loaded.model, loaded.clip, f"diffusion_model.{site}", io_of(file), texts, runs, 256)
+        runs = Runs(SIZE, SIZE, STEPS, CFG, LEVELS, 1, SEED)
+        module = checked_site(loaded.model.model, site, io_of(file))
+        source = model_rows(loaded.model, loaded.clip, module, io_of(file), texts, runs, 256)
         parts, count = [], 0
         while count < len(texts):
             parts.append(next(source))
@@ -465,23 +467,22 @@ def recovered(told: sae_loss.Losses, resamples: int = 500) -> Figure:
     return Figure(told.recovered, low, high, n)
 
 
-def measure_autoencoders(kinds: dict[str, Shipped], sample: bool) -> tuple[dict[str, Figure], list[dict]]:
-    """kinds: by model; the text encoder's is measured with the UNet."""
+def measure_autoencoders(kinds: dict[str, Shipped]) -> tuple[dict[str, Figure], list[dict]]:
+    """kinds: by model; the text encoder's is measured with the UNet. Whole in a check, too: the more rows, the more latents fire."""
     figures: dict[str, Figure] = {}
     rows = []
-    texts = {TEXT: 100 if sample else 400}
     for kind, shipped in {TEXT: kinds["unet"], **kinds}.items():
         file = shipped.text if kind == TEXT else shipped.own
-        parts = rows_of(shipped, file, kind, fresh(texts.get(kind, 32 if sample else 96)))
+        parts = rows_of(shipped, file, kind, fresh(400 if kind == TEXT else 96))
         measured = measure_rows(file.sae, parts)
         told = {
             "fvu": mean([measure_rows(file.sae, [part]).metrics.fvu for part in parts]),
             "alive": share(measured.stats["freq"] > 0),
             "train_seconds": Figure(*[float(file.config["seconds"])] * 3, 1),
         }
-        wished = fresh(24 if sample else 64)
+        wished = fresh(64)
         latents = shipped.loaded.vae.encode(render(wished.scenes).movedim(1, -1))
-        sigmas = levels_of(shipped.loaded.model, Runs(SIZE, SIZE, 12, CFG, PICTURES["levels"], 1, 0))
+        sigmas = levels_of(shipped.loaded.model, Runs(SIZE, SIZE, STEPS, CFG, LEVELS, 1, 0))
         losses = sae_loss.measure(shipped.loaded.model, shipped.loaded.clip, file, wished, latents, sigmas, SEED)
         told["loss_recovered"] = recovered(losses)
         rows.append({"part": "autoencoders", "kind": kind, "site": file.config["site"], "latents": file.sae.n, "k": file.sae.k})
@@ -497,7 +498,7 @@ def measure_autoencoders(kinds: dict[str, Shipped], sample: bool) -> tuple[dict[
 # --- what a step costs ------------------------------------------------------------------------------------------------------------
 
 
-def measure_cost(repeats: int = 15, steps: int = 1) -> tuple[dict[str, Figure], list[dict]]:
+def measure_cost(repeats: int = 9, steps: int = 1) -> tuple[dict[str, Figure], list[dict]]:
     """Add with its defaults, eight directions at the block in the middle of a wide UNet and one at each of its cross-attentions."""
     model = wide_model()
 
@@ -561,7 +562,7 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
     with torch.inference_mode():
         unet = Shipped.load("unet")
         if "autoencoders" in parts:
-            take(measure_autoencoders({kind: Shipped.load(kind) for kind in host_lab.MODELS}, sample))
+            take(measure_autoencoders({kind: Shipped.load(kind) for kind in host_lab.MODELS}))
         if "gate" in parts:
             take(measure_gate(unet, SAMPLE if sample else N))
         if "erase" in parts:

@@ -139,6 +139,7 @@ def trained_into(folder: Path) -> Iterator[None]:
         yield
     finally:
         folder_paths.folder_names_and_paths[sae_files.FOLDER] = kept
+        folder_paths.filename_list_cache.pop(sae_files.FOLDER, None)  # it knows of the folder that goes away
 
 
 def train(kind: str, at: int, output: Path) -> None:
