@@ -64,7 +64,7 @@ def course_of(loaded, file: SAEFile, sides: Sequence[Sequence[str]], runs: Runs,
     latents = []
     for level, other in zip(means, without.mean(1), strict=True):
         best = ranked(share_difference(level, other), most)
-        latents.append(torch.cat([best, best[:1].expand(most - len(best))]))
+        latents.append(torch.cat([best, best[:1].repeat(most - len(best))]))
     chosen = torch.stack(latents)
     return Course(levels, chosen, everywhere.gather(1, chosen), means.gather(1, chosen))
 

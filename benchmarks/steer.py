@@ -228,9 +228,6 @@ def ways(shipped: Shipped, concept: str, few: bool) -> dict[str, Way]:
     }
 
 
-CLAIMED = ("none", "ours")
-
-
 # --- what is told of pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -577,8 +574,6 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
             figures["text_calls_ratio"] = calls_ratio(unet)
             if not sample:
                 take(measure_cost())
-    if "erase" in parts and "dose" in parts and not sample:
-        figures["concepts_above_random"] = above_random(rows)
     return figures, rows
 
 
@@ -602,23 +597,27 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py bench steer", add_help=False)
     parser.add_argument("--part", choices=PARTS, action="append")
     options, others = parser.parse_known_args(argv)
-    if not options.part:
+    if "--check" in others:
         return _report.run("steer", others, _measure, CLAIMS)
-    began = time.monotonic()
-    figures, rows = _measure(False, options.part)
-    return merge(options.part, time.monotonic() - began, figures, rows)
-
-
-def merge(parts: Sequence[str], seconds: float, figures: dict[str, Figure], rows: list[dict]) -> int:
-    """Put parts measured anew among the committed ones."""
-    committed = json.loads((_report.RESULTS / "steer.json").read_text(encoding="utf-8"))
-    kept = {key: Figure(**figure) for key, figure in committed["figures"].items()}
-    rows = [row for row in committed["arms"] if part_of(row) not in parts] + rows
-    figures = kept | figures
-    if {"erase", "dose"} & set(parts):
-        figures["concepts_above_random"] = above_random(rows)
-    _report.write("steer", committed["seconds"] + seconds, figures, rows)
+    commit, figures = _report.commit(), {}
+    for part in options.part or PARTS:  # each is written when it is done: a run that is broken off keeps what it has
+        began = time.monotonic()
+        found, rows = _measure(False, [part])
+        figures = merge(part, {"commit": commit, "seconds": round(time.monotonic() - began, 1)}, found, rows)
     return _report.judge(figures, CLAIMS)
+
+
+def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) -> dict[str, Figure]:
+    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
+    path = _report.RESULTS / "steer.json"
+    committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
+    figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | figures
+    rows = [row for row in committed["arms"] if part_of(row) != part] + rows
+    if {"erase", "dose"} <= set(map(part_of, rows)):
+        figures["concepts_above_random"] = above_random(rows)
+    parts = committed["parts"] | {part: run}
+    _report.write("steer", sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})
+    return figures
 
 
 def part_of(row: dict) -> str:
