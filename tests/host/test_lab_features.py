@@ -13,6 +13,7 @@ from concept_nodes.lab import concepts
 from concept_nodes.lab import features as shipped
 from concept_nodes.lab.eye import Eye
 from concept_nodes.lab.scenes import render
+from concept_nodes.nodes import NODES
 from concept_nodes.nodes.features import SAELoader
 from concept_nodes.ops.sae_training import measure
 
@@ -51,6 +52,19 @@ class TestConcepts:
         assert not any(value in text.replace(",", "").split() for text in open_ones for value in (*values, concept))
         assert not any(concept in text.split() for text in without)
         assert concepts.amount(concept, bench.Reading(0.5, "flat", 1.0, styles=torch.ones(4) / 4)) < 0
+
+
+@pytest.mark.parametrize("kind", shipped.KINDS)
+def test_workflows_give_nodes_what_they_ask_for(kind):
+    """As a queue would check them: inputs that there are, all that must be, nodes that there are."""
+    schemas = {schema.node_id: schema for schema in (node.define_schema() for node in NODES)}
+    for graph in (shipped.training(kind), shipped.finding(kind, ["red", "neon"])):
+        for node in graph.values():
+            inputs = {one.id: one for one in schemas[node["class_type"]].inputs}
+            assert set(node["inputs"]) <= set(inputs)
+            assert {name for name, one in inputs.items() if not one.optional and one.default is None} <= set(node["inputs"])
+            assert all(value[0] in graph for value in node["inputs"].values() if isinstance(value, list))
+    assert len(set(shipped.captions(20))) >= 18
 
 
 def test_every_file_ships_and_is_small():
