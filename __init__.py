@@ -17,7 +17,7 @@ with contextlib.suppress(ValueError):  # no level of that name: a wish for more 
 
 
 async def comfy_entrypoint():
-    """Give the host the pack's nodes, and the lab's sliders and characters as LoRA files under `concept_lab/`."""
+    """Give the host the pack's nodes, and the lab's LoRA files, autoencoders and features under `concept_lab/`."""
     from comfy_api.latest import ComfyExtension
 
     from .host import lab

@@ -82,8 +82,8 @@ def commit() -> str:
         return "unknown"
 
 
-def write(name: str, seconds: float, figures: dict[str, Figure], arms: list[dict]) -> Path:
-    """Write results/NAME.json and print the figures."""
+def write(name: str, seconds: float, figures: dict[str, Figure], arms: list[dict], more: dict | None = None) -> Path:
+    """Write results/NAME.json and print the figures. more: what else is to be told, or told otherwise."""
     result = {
         "name": name,
         "machine": machine(),
@@ -91,7 +91,7 @@ def write(name: str, seconds: float, figures: dict[str, Figure], arms: list[dict
         "seconds": round(seconds, 1),
         "figures": {key: {k: round(v, 6) for k, v in figure._asdict().items()} for key, figure in figures.items()},
         "arms": arms,
-    }
+    } | (more or {})
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ KINDS = (OUT, DIFF, TEXT)
 HEADER = "concept_features"
 VERSION = 1
 NUMBERS = ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")
-WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts")
+WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts", "likeness")
 SAMPLE = 64  # numbers of each weight that a fingerprint reads
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -63,6 +63,7 @@ class Features(NamedTuple):
     fingerprint  of the model's weights at the site
     prompts      (with, without) the concept
     more         features of the same concept at further sites, which have none of their own
+    likeness     of latents: cosine of what strength 1 adds and of the difference between rows with and without; None where it is not known
     """
 
     name: str
@@ -83,6 +84,7 @@ class Features(NamedTuple):
     fingerprint: str = ""
     prompts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     more: tuple[Features, ...] = ()
+    likeness: float | None = None
 
     @property
     def width(self) -> int:

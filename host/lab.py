@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "lab" / "weights"
 LORAS, CONTROLNETS = WEIGHTS.parent / "loras", WEIGHTS.parent / "controlnets"
+SAES, FEATURES = WEIGHTS.parent / "sae", WEIGHTS.parent / "concept_features"
 VOCABULARY = 49408
 ROW_SEED = 20261120
 
@@ -322,11 +323,17 @@ def load(name: str) -> LabModel:
 
 
 def show_files() -> None:
-    """Let the host list the lab's own LoRA and ControlNet files, all under `concept_lab/`."""
+    """Let the host list the lab's own files, LoRAs and ControlNets and autoencoders and features, all under `concept_lab/`."""
     import folder_paths
 
+    from . import features, sae_files
+
+    for listed in (sae_files, features):
+        listed.show_folder()  # first: what is trained goes to a kind's first folder
     folder_paths.add_model_folder_path("loras", str(LORAS))
     folder_paths.add_model_folder_path("controlnet", str(CONTROLNETS))
+    folder_paths.add_model_folder_path(sae_files.FOLDER, str(SAES))
+    folder_paths.add_model_folder_path(features.FOLDER, str(FEATURES))
 
 
 def unknown(name: str) -> str:

@@ -201,6 +201,9 @@ def _found(file: SAEFile, reading: Reading, positive: Codes, negative: Codes, wi
         readers=Readers(rows, bias, reading.thresholds(chosen)),
         prompts=(wish.positive, wish.negative),
     )
+    way = positive.rows.mean((0, 1)) - negative.rows.mean((0, 1))
+    likeness = float(torch.cosine_similarity(unit @ features.directions, way, dim=0))
+    features = features._replace(likeness=likeness)
     averages = [table.mean(0).tolist() for table in tables]
     told = [f"By {wish.score}, of {sae.n} latents {int((scores > 0).sum())} are more the concept's than not; kept:"]
     told += [
@@ -208,6 +211,7 @@ def _found(file: SAEFile, reading: Reading, positive: Codes, negative: Codes, wi
         f"concept, {averages[1][at]:.3g} without."
         for at, index in enumerate(chosen.tolist())
     ]
+    told.append(f"What they add together has a cosine of {likeness:.2f} with the difference that Find Direction goes along.")
     if sae.counts:
         told.append(
             f"It keeps the {sae.k} greatest latents of a vector. A few of them alone are read by a threshold instead, the mean of the "

@@ -1,6 +1,6 @@
 """The lab's command line: `python run.py lab STAGE ...`. Stages in order: pools, vae, text, eye, eye2, unet, dit, unet_edges;
-then slider NAME, character NAME, measure, and export. `decoder` goes on with the autoencoder's decoder alone, which leaves latents as
-they are.
+then slider NAME, character NAME, features, measure, and export. `decoder` goes on with the autoencoder's decoder alone, which leaves
+latents as they are.
 
 A stage reads what earlier ones left in its folder and writes there; the weights that ship are replaced only by copying them over.
 """
@@ -29,9 +29,13 @@ def main(argv: list[str]) -> int:
         from .train_character import main as character
 
         return character(argv[1:])
+    if argv[:1] == ["features"]:
+        from .features import main as features
+
+        return features(argv[1:])
     parser = argparse.ArgumentParser(prog="run.py lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("pools", *TRAININGS, "slider", "character", *READS_SHIPPED)
-    parser.add_argument("stage", choices=stages, help="what to do; slider and character have options of their own: `slider --help`")
+    stages = ("pools", *TRAININGS, "slider", "character", "features", *READS_SHIPPED)
+    parser.add_argument("stage", choices=stages, help="what to do; slider, character, features have options of their own")
     parser.add_argument(
         "--folder", type=Path, help="where pools, states and weights are kept (default: lab/runs; measure and export: the shipped weights)"
     )

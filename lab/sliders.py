@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -50,6 +50,11 @@ def settings(graph: dict) -> dict:
 
 def execute(graph: dict, name: str):
     """The outputs of a workflow's node, by running it and all that it hangs on. Only this pack's nodes."""
+    return outputs_of(graph)(next(number for number, node in graph.items() if node["class_type"] == name))
+
+
+def outputs_of(graph: dict) -> Callable[[str], tuple]:
+    """What gives the outputs of a workflow's node by its number, each node run once. Only this pack's nodes."""
     from ..nodes import NODES
 
     classes = {node.define_schema().node_id: node for node in NODES}
@@ -63,11 +68,11 @@ def execute(graph: dict, name: str):
             for key, value in graph[number]["inputs"].items():
                 value = outputs(value[0])[value[1]] if isinstance(value, list) else value
                 given[key] = [value] if listed else value
-            made[number] = node.execute(**given).result
+            with torch.inference_mode():
+                made[number] = node.execute(**given).result
         return made[number]
 
-    with torch.inference_mode():
-        return outputs(next(number for number, node in graph.items() if node["class_type"] == name))
+    return outputs
 
 
 @contextlib.contextmanager

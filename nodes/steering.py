@@ -41,6 +41,7 @@ OWN, ON, OFF = "as the mode does", "on", "off"
 OPPOSITE, SAME, PLAIN = "opposite", "same", "none"
 LIMIT = 20.0
 NAME_WORDS = 6
+LIKE = 0.5  # likeness below which the dense direction is recommended
 
 
 class OfFeatures(io.ComfyNode):
@@ -399,7 +400,7 @@ class SteerText(OfFeatures):
         lines += [f"Note: {note}" for note in filter(None, (skipped(clip, site) for site in sites))]
         if gate > 0 and features.gate is not None:
             lines.append(f"Prompts that score less than {gate * features.gate:.2f} stay as they are, which costs one more reading of each.")
-        lines += on_other_weights(features, clip=clip)
+        lines += on_other_weights(features, clip=clip) + _unlike(features)
         positive = steered(clip, one)
         return _clips(positive, clip if other is None else steered(clip, other), "\n".join(lines))
 
@@ -473,10 +474,20 @@ class SteerModel(OfFeatures):
         when = describe_window(start_percent, end_percent) + (f", times {course} over sampling" if course else "")
         told = f"{asked.describe()} ({cfg_mode}), {where}, {when}."
         lines = [features.describe(), told[0].upper() + told[1:], "No model call is added."]
-        lines += on_other_weights(features, model.model)
+        lines += on_other_weights(features, model.model) + _unlike(features)
         model = model.clone()
         attach(model, effect)
         return result(model, "\n".join(lines))
+
+
+def _unlike(features: Features) -> list[str]:
+    """A note where latents add something else than what tells prompts with the concept from those without."""
+    if features.likeness is None or features.likeness >= LIKE:
+        return []
+    return [
+        f"Note: what these latents add has a cosine of {features.likeness:.2f} with what prompts with the concept bring. Below {LIKE:g}, a "
+        "direction from Find Direction is likely to do better."
+    ]
 
 
 class RegionFeatures(OfFeatures):

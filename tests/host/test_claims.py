@@ -10,6 +10,7 @@ from concept_nodes.benchmarks import localize as of_localize
 from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
+from concept_nodes.benchmarks import steer as of_steering
 from concept_nodes.benchmarks._report import RESULTS, Figure
 from concept_nodes.lab import sliders
 
@@ -100,3 +101,14 @@ def test_the_page_of_localized_sampling_tells_what_was_measured():
         line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high + 0.0:.3f}]"  # no minus before nought
         assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
         assert figure.n >= 48 or key == "capture_step_ratio"
+
+
+def test_the_steering_page_tells_what_was_measured():
+    result = json.loads((RESULTS / "steer.json").read_text(encoding="utf-8"))
+    told = (README.parent / "docs" / "steering.md").read_text(encoding="utf-8")
+    assert of_steering.table(result["arms"]) in told
+    assert of_steering.doses(result["arms"]) in told
+    for key, claim in of_steering.CLAIMS.items():
+        figure = Figure(**result["figures"][key])
+        line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"
+        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told

@@ -14,7 +14,7 @@ from concept_nodes.host.sae_files import SAEFile
 from concept_nodes.host.sae_finding import SCORES, SHARE, Reading, Wish, find_in_model
 from concept_nodes.host.text_steering import captured, score
 from concept_nodes.nodes.features import SAEFind
-from concept_nodes.nodes.steering import SteerModel, SteerText
+from concept_nodes.nodes.steering import LIKE, SteerModel, SteerText
 from concept_nodes.ops.sae import BATCH_TOPK, JUMPRELU, RELU, SAE, TOPK
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -101,6 +101,26 @@ def test_a_planted_latent_comes_first(clip, planted, score):
     assert f"  {PLANTED}: score" in report and "They lie apart" in report and "approximation" not in report
     other, _ = SAEFind.execute(planted, clip, NEGATIVE, POSITIVE, score, 3, "").result
     assert not torch.equal(other.directions[0], found.directions[0])
+
+
+@pytest.mark.parametrize("pooling", [WORDS, ROWS])
+def test_likeness_is_the_cosine_with_the_dense_direction(clip, planted, pooling, tmp_path):
+    """And is kept in the file; latents that add something else recommend the other way in both nodes."""
+    found, report = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 4, "", pooling=pooling).result
+    dense = in_text(clip, SITE, tuple(POSITIVE.splitlines()), tuple(NEGATIVE.splitlines()), pooling, "red").features
+    added = found.unit @ found.directions
+    assert found.likeness == pytest.approx(float(torch.cosine_similarity(added, dense.directions[0], dim=0)), abs=1e-4)
+    assert f"{found.likeness:.2f} with the difference" in report and dense.likeness is None
+    host_features.write(found, tmp_path / "x.safetensors")
+    assert host_features.read(tmp_path / "x.safetensors").likeness == found.likeness
+
+    def recommended(one) -> bool:
+        return "Find Direction is likely" in SteerText.execute(clip, "none", 1.0, "add", "all", 0.0, "none", one).result[2]
+
+    assert recommended(found._replace(likeness=LIKE - 0.01)) and not recommended(found._replace(likeness=LIKE)) and not recommended(dense)
+    model = models.build("sd15")
+    features = models.features(model)._replace(likeness=LIKE - 0.01)
+    assert "Find Direction is likely" in SteerModel.execute(model, "none", 1.0, "add", 0.0, 1.0, "cond", features=features).result[1]
 
 
 @pytest.mark.parametrize("pooling", [WORDS, ROWS])
