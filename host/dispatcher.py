@@ -380,6 +380,10 @@ class Run:
         attentions = _attentions(patcher.model) if masked else ([], [])
         self.selves = {name: SelfAct() for name in attentions[0]}
         self.crosses = {name: CrossAct(patcher.model.get_submodule(name), kept) for name in attentions[1]}
+        # The effects that act on keys and values of words.
+        self.wording = {
+            index for index, effect in enumerate(self.effects) if any(name.endswith((".to_k", ".to_v")) for name in effect.parts)
+        }
         self.reads_jointly = masked and any(kind == JOINT for kind in row_of(patcher.model).rows)
         self.joint: Joint | None = None
         self.attention_sites = sites(patcher.model, [f"{name}.to_q" for name in (*self.selves, *self.crosses)])
@@ -388,7 +392,7 @@ class Run:
         self._around: list[tuple[str, Any]] = []
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self.spread: Spread | None = None  # of the call under way
-        self._key = self._told = None
+        self._key = self._told = self._read = None
         self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
         # Calls on another picture than the sampled one take turns with those on it, step by step: each kind keeps its acts.
         self._elsewhere, self._aside = False, (None, {}, {})
@@ -526,7 +530,10 @@ class Run:
     def _tell(self, strengths: tuple[Strength, ...], kind: Kind | None, live: tuple[int, ...], active: tuple[int, ...], call: Call) -> None:
         """Hand strengths and places to the acts."""
         self.joint, self._around = None, []
-        if self._told is None or (self._told[0], self._told[2]) != (strengths, live):
+        # Kept keys and values stay where only strengths change that have no say in them, as those of steers do from step to step.
+        read = live, tuple(strength if index in self.wording else strength != 0.0 for index, strength in enumerate(strengths))
+        if self._told is None or read != self._read:
+            self._read = read
             for cross in self.crosses.values():
                 cross.forget()
         placed = {index: (self.effects[index].place, self.effects[index].text) for index in active if self.effects[index].place}

@@ -91,6 +91,7 @@ MMDIT_ROWS = {
     "text": r"\.context_block\.|^context_(embedder|processor)\b",
 }
 FEATURES = "features"
+NOWHERE = "(?!)"  # a pattern of no name
 
 FAMILIES = (
     Family(
@@ -165,10 +166,13 @@ FAMILIES = (
         renamed={},
         rows=MMDIT_ROWS,
         tokenizers=("l", "g", "t5xxl"),
-        slider_layers="(?!)",
+        slider_layers=NOWHERE,
+        residual_layers=NOWHERE,
+        residual_blocks=NOWHERE,
         blocks=("JointBlock",),
-        maps="(?!)",
+        maps=NOWHERE,
         maps_read=LATE,
+        pictures=NOWHERE,
         site_blocks=("JointBlock",),
         site_layers=r"\.x_block\.attn\.proj$",
         site="joint_blocks.12",
