@@ -167,7 +167,10 @@ def test_no_help_page_is_left_of_a_node_that_is_not():
 @pytest.mark.alone
 def test_pack_loads_fast(tmp_path):
     command = [sys.executable, "-c", TIMED_LOADING, str(ROOT / "setup" / "inside.py"), os.environ["COMFYUI_PATH"], str(tmp_path)]
+    # Files are compiled once, by the first of the runs; where Python is told to write none, by each.
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    variables["PYTHONPYCACHEPREFIX"] = str(tmp_path / "compiled")
     # From another folder than the pack's, whose `nodes` would hide the host's.
-    printed = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout for _ in range(5)]
+    printed = [subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True).stdout for _ in range(5)]
     seconds = [float(text.splitlines()[-1]) for text in printed]
     assert statistics.median(seconds) <= LOADING_SECONDS, f"seconds: {seconds}"
