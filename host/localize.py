@@ -187,7 +187,7 @@ class LocalizeEffect(CaptureEffect):
         return lambda call: reads(call) or float(self._early() and bool(self._positive(call)))
 
     def _early(self) -> bool:
-        """Whether so few steps have been seen that they are read wherever in sampling they are: a second pass begins in the middle of it."""
+        """Whether so few steps have been seen that this one is read wherever in sampling it is: a second pass begins in the middle."""
         return len(self.sampling.ended) < LEAST
 
     def _reads_its_own(self, chunk: int) -> bool:
