@@ -53,7 +53,7 @@ def test_excite_attends_to_the_words_more(loaded):
 
         def loss(exciting=exciting, losses=losses):
             value = Excite.loss(exciting)
-            losses.append(float(value))
+            losses.append(float(value.detach()))
             return value
 
         with pytest.MonkeyPatch.context() as patch:
