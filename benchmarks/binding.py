@@ -46,7 +46,7 @@ from ._report import Claim, Figure, mean, run, share
 
 log = logging.getLogger("concept_nodes.bench")
 STEPS, CFG, SEED, BATCH = 10, 4.0, 7100, 64
-N, FEW, SAMPLE = 192, 48, 32  # pictures in the claimed rows; in the others; in a check
+N, FEW, SAMPLE = 192, 32, 32  # pictures in the claimed rows; in the others; in a check
 WEIGHT, MARGIN = 1.2, 2.0
 CLAIMS = {
     "unet_binding_free": Claim(low=0.95),

@@ -32,7 +32,7 @@ def test_each_group_has_its_own_objects_box():
 
 
 def test_all_of_it_runs(monkeypatch):
-    for name, value in {"N": 3, "FEW": 2, "STEPS": 2, "BATCH": 2}.items():
+    for name, value in {"N": 3, "FEW": 2, "SAMPLE": 2, "STEPS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(bench, name, value)
     figures, arms = bench._measure(False)
     assert set(bench.CLAIMS) <= set(figures)
@@ -53,7 +53,7 @@ def test_excite_attends_to_the_words_more(loaded):
 
         def loss(exciting=exciting, losses=losses):
             value = Excite.loss(exciting)
-            losses.append(float(value))
+            losses.append(float(value.detach()))
             return value
 
         with pytest.MonkeyPatch.context() as patch:
