@@ -12,15 +12,19 @@ defaults. Mean IoU over both objects, picture by picture.
     KIND_map_over_raw, KIND_map_over_raw_best   ours less these, picture by picture
     KIND_map_miou_128 ...     the same on canvases of 128 pixels
 
-Cost: seconds a step with Capture Attention over the plain graph's, on interleaved runs: capture_step_ratio on the UNet of one level at
-Stable Diffusion 1.5's width that `bench regional` times, capture_step_ratio_lab_KIND on the lab's.
+Cost: seconds of the processor a step with Capture Attention over the plain graph's, on interleaved runs: capture_step_ratio on the UNet of
+one level at Stable Diffusion 1.5's width that `bench regional` times, capture_step_ratio_lab_KIND on the lab's.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import random
+import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,13 +40,14 @@ from ..lab.scenes import KINDS, MAX_OBJECTS, Scenes, render
 from ..nodes.maps import Capture
 from ..ops.maps import heights, resized
 from ._layouts import CFG, encode
-from ._report import Claim, Figure, mean, run
+from ._report import RESULTS, Claim, Figure, mean, run
 from .regional import Graph, _middle, random_context, ratios, wide_model
 
 log = logging.getLogger("concept_nodes.bench")
 SIZE, SEED, BATCH = 64, 61_000, 16
 N, LARGE, SAMPLE = 64, 24, 16  # pictures: at 64 pixels, at 128, in a check
 LEVELS = tuple(level / 20 for level in range(4, 17))
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # of the processor, whoever else has it meanwhile
 TIMED = {"repeats": 15, "steps": 8, "wide_repeats": 9, "wide_steps": 1}
 CLAIMS = {
     f"{kind}_{key}": claim
@@ -215,7 +220,7 @@ def cost(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
         labs.append((kind, loaded.model, positive, negative, SIZE // lab.downscale(kind), CFG))
     for name, model, *conditions, side, cfg in (wide, *labs):
         acting = Capture.execute(model, capture.DEFAULT, 0.0, 1.0).result[0]
-        graphs = {"plain": Graph(model, *conditions, side, cfg), "capture": Graph(acting, *conditions, side, cfg)}
+        graphs = {key: Graph(one, *conditions, side, cfg, CLOCK) for key, one in (("plain", model), ("capture", acting))}
         head = "wide_" if name == "wide" else ""
         values = ratios(graphs, 5 if sample else TIMED[f"{head}repeats"], TIMED[f"{head}steps"])["capture"]
         key = "capture_step_ratio" + ("" if head else f"_lab_{name}")
@@ -225,17 +230,27 @@ def cost(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     return figures, arms
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(again: Sequence[str], sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+    """again: of the parts ("cost" and the models) those to measure anew; the others stay as they were committed. None of them: all."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    eye = Eye.load()
+    eye, figures, arms = Eye.load(), {}, []
+    if again:
+        committed = json.loads((RESULTS / "maps.json").read_text(encoding="utf-8"))
+        figures = {key: Figure(**figure) for key, figure in committed["figures"].items()}
+        arms = [row for row in committed["arms"] if row["part"] not in again]
     with torch.inference_mode():
-        figures, arms = cost(sample)
+        if not again or "cost" in again:
+            found, told = cost(sample)
+            figures |= found
+            arms += [{"part": "cost"} | row for row in told]
         for kind in lab.MODELS:
+            if again and kind not in again:
+                continue
             loaded = lab.load(kind)
             for size, n in ((SIZE, SAMPLE),) if sample else ((SIZE, N), (2 * SIZE, LARGE)):
                 found, told = quality(kind, loaded, eye, size, n)
                 figures |= found
-                arms += told
+                arms += [{"part": kind} | row for row in told]
     return figures, arms
 
 
@@ -258,4 +273,7 @@ def table(figures: dict[str, Figure]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return run("maps", argv, _measure, CLAIMS)
+    parser = argparse.ArgumentParser(prog="run.py bench maps", add_help=False)
+    parser.add_argument("--again", nargs="+", choices=("cost", *lab.MODELS), default=[])
+    options, others = parser.parse_known_args(argv)
+    return run("maps", others, partial(_measure, options.again), CLAIMS)
