@@ -76,7 +76,7 @@ LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(0.25 * step for step in range(9))
-N, FEW, SAMPLE = 12, 6, 5  # texts a concept: of what is claimed, of other arms, of a check
+N, FEW, SAMPLE = 8, 4, 4  # texts a concept: of what is claimed, of other arms, of a check
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -565,7 +565,7 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
         if "erase" in parts:
             take(measure_erasing(unet, Cases(SAMPLE, SAMPLE, SAMPLE) if sample else Cases(N, FEW, FEW), sample))
         if "dose" in parts:
-            take(measure_doses(unet, 3 if sample else 5, sample))
+            take(measure_doses(unet, 2 if sample else 4, sample))
         if "dit" in parts and not sample:
             dit = Shipped.load("dit")
             take(measure_erasing(dit, Cases(FEW, FEW, SAMPLE, ON_DIT), True, "dit_"))

@@ -58,8 +58,8 @@ RECIPES = {
         {"expansion": 4, "k": 32, "steps": 1000, "batch": 512} | PICTURES | EVERY_STEP, {"top": 8, "levels": 4} | PICTURES,
     ),
     "dit": Recipe(
-        ("single_blocks.1",), 256, 8,
-        {"expansion": 4, "k": 32, "steps": 1000, "batch": 256} | PICTURES | EVERY_STEP, {"top": 8, "levels": 4} | PICTURES,
+        ("single_blocks.1",), 256, 6,
+        {"expansion": 4, "k": 32, "steps": 600, "batch": 256} | PICTURES | EVERY_STEP, {"top": 8, "levels": 4} | PICTURES,
     ),
 }  # fmt: skip
 
