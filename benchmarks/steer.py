@@ -76,7 +76,7 @@ LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(0.25 * step for step in range(9))
-N, FEW, SAMPLE = 12, 6, 5  # texts a concept: of what is claimed, of other arms, of a check
+N, FEW, SAMPLE = 12, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -187,8 +187,8 @@ def saeurons(shipped: Shipped, concept: str) -> dict[str, Way]:
     """As the code is and mended; gamma is chosen for objects on pictures of their own, as the authors do, and is -1 for styles."""
     style = CONCEPTS[concept] == "style"
     runs = Runs(SIZE, SIZE, STEPS, CFG, STEPS, 1, 0)
-    course = course_of(shipped.loaded, shipped.own, prompts(concept, 8, FIND_SEED), runs, 1 if style else 8)
-    wished, found = asked(concept, 4, FIND_SEED + 1), {}
+    course = course_of(shipped.loaded, shipped.own, prompts(concept, 4, FIND_SEED), runs, 1 if style else 8)
+    wished, found = asked(concept, 2, FIND_SEED + 1), {}
     for name, mended in (("SAeUron", False), ("SAeUron mended", True)):
         told = []
         for gamma in (-1.0,) if style else (-1.0, -5.0, -30.0):
@@ -226,6 +226,9 @@ def ways(shipped: Shipped, concept: str, few: bool) -> dict[str, Way]:
         "ours free": on_text(shipped, ours, OUT, ABLATE),
         "ours at 1": on_text(shipped, ours, 1.0, ABLATE, gate=1.0),
     }
+
+
+RETAINED = ("none", "filter", "steerers", "SAeUron mended", "ours", "ours free", "ours model")  # asked for without the concept, too
 
 
 # --- what is told of pictures -----------------------------------------------------------------------------------------------------
@@ -285,7 +288,8 @@ def measure_erasing(shipped: Shipped, cases: Cases, sample: bool, prefix: str = 
     concepts = cases.concepts
     for concept in concepts:
         for arm, way in ways(shipped, concept, sample).items():
-            one = tell(shipped, way, concept, cases.n if arm.startswith(("none", "ours")) else cases.few, cases.others)
+            n, others = cases.n if arm.startswith(("none", "ours")) else cases.few, cases.others if arm in RETAINED else 0
+            one = tell(shipped, way, concept, n, others)
             told.setdefault(arm, {})[concept] = one
             rows.append({"part": "erase", "model": shipped.kind, "concept": concept, "arm": arm, "n": len(one.held), **one.row()})
             log.info("%s", rows[-1])
@@ -565,7 +569,7 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
         if "erase" in parts:
             take(measure_erasing(unet, Cases(SAMPLE, SAMPLE, SAMPLE) if sample else Cases(N, FEW, FEW), sample))
         if "dose" in parts:
-            take(measure_doses(unet, 3 if sample else 5, sample))
+            take(measure_doses(unet, 2 if sample else FEW, sample))
         if "dit" in parts and not sample:
             dit = Shipped.load("dit")
             take(measure_erasing(dit, Cases(FEW, FEW, SAMPLE, ON_DIT), True, "dit_"))
@@ -632,8 +636,11 @@ def table(rows: Sequence[dict], model: str = "unet") -> str:
     lines = ["| | " + " | ".join(concepts) + " | mean | rest right | valid | others right |", "|---" * (len(concepts) + 5) + "|"]
     for arm in arms:
         own = {row["concept"]: row for row in rows if row["arm"] == arm}
-        means = [sum(row[key] for row in own.values()) / len(own) for key in ("held", "rest", "valid", "right")]
-        lines.append(f"| {arm} | " + " | ".join(f"{value:.2f}" for value in [own[one]["held"] for one in concepts] + means) + " |")
+        told = [f"{own[one]['held']:.2f}" for one in concepts]
+        for key in ("held", "rest", "valid", "right"):
+            values = [row[key] for row in own.values() if key in row]
+            told.append(f"{sum(values) / len(values):.2f}" if values else "")
+        lines.append(f"| {arm} (n={sum(row['n'] for row in own.values())}) | " + " | ".join(told) + " |")
     return "\n".join(lines)
 
 

@@ -234,6 +234,8 @@ def test_a_texts_score_counts_latents_by_what_they_add(clip, planted):
         :, [int((planted.sae.W_dec * planted.sae.std == row).all(1).nonzero()) for row in found.directions]
     ]
     assert score(found, rows, content) == pytest.approx(float((z @ lengths).max() / (unit @ lengths)), rel=1e-4)
+    more, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 5, "").result
+    assert len(more.unit) > 2 and score(more, rows, content) == score(found, rows, content) and more.gate == found.gate
     alone, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 1, "").result
     assert score(alone, rows, content) == pytest.approx(float(z[:, 0].max() / unit[0]), rel=1e-4, abs=1e-6)
 
