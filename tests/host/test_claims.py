@@ -4,8 +4,8 @@ import json
 import math
 import re
 
-from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import binding as of_binding
+from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import localize as of_localize
 from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
