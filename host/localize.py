@@ -25,6 +25,7 @@ from .window import Window
 
 BLOCK = "block"
 ARGMAX, OTSU, QUANTILE, MEDIAN, SOFT = "argmax", "otsu", "quantile", "median", "soft"
+LEAST = 3  # steps of a run that are read at least
 LAYOUT = 2  # halvings of the latent at the decoder's attention that places things
 
 
@@ -162,12 +163,14 @@ class LocalizeEffect(CaptureEffect):
 
     def __init__(self, model, layers: Sequence[str], sought: Sequence[Sought], length: int, share_out, source: object = None):
         self.sought, self.length, self.share_out = tuple(sought), length, share_out
-        super().__init__(model, layers, 0.0, max(one.live.until for one in sought))
+        # In a block of its own a region is read wherever it acts.
+        super().__init__(model, layers, 0.0, max(1.0 if one.live.scope == BLOCK else one.live.until for one in sought))
         self.source = source or object()
         self.followed = frozenset(layers_of(model)) & {*layers} or frozenset(layers)
         if any(one.live.scope == BLOCK for one in sought):
             self.behind = behind(model, layers)
-        self.name = f"Maps of {', '.join(repr(one.bound.phrase) for one in sought)} in {len(layers)} layers"
+        phrases = ", ".join(repr(one.bound.phrase) for one in sought)
+        self.name = f"Maps of {phrases} in {len(layers)} {'layer' if len(layers) == 1 else 'layers'}"
 
     def again(self, model) -> LocalizeEffect:
         return LocalizeEffect(model, self.layers, self.sought, self.length, self.share_out, self.source)
@@ -180,14 +183,19 @@ class LocalizeEffect(CaptureEffect):
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         self.ends = [Window.of(model_sampling, 0.0, one.live.until) for one in self.sought]
-        return super().strengths(model_sampling)
+        reads = super().strengths(model_sampling)
+        return lambda call: reads(call) or float(self._early() and bool(self._positive(call)))
+
+    def _early(self) -> bool:
+        """Whether so few steps have been seen that this one is read wherever in sampling it is: a second pass begins in the middle."""
+        return len(self.sampling.ended) < LEAST
 
     def _reads_its_own(self, chunk: int) -> bool:
         return False  # of several texts the common one is looked up
 
     def enter(self, call: Call) -> None:
         super().enter(call)
-        self.moving = [end.holds(call.sigma) for end in self.ends]
+        self.moving = [self._early() or end.holds(call.sigma) for end in self.ends]
 
     def look_back(self, call: Call) -> None:
         super().look_back(call)

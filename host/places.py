@@ -80,8 +80,8 @@ class Segment(NamedTuple):
 def segments(places: Sequence[Place], masks: torch.Tensor, every: bool = False) -> tuple[list[Segment], torch.Tensor]:
     """The segments that have any share, and their shares (S, ...), from the masks (K, ...) of `places`.
 
-    Of several texts for one position, that of the group that came last is read. every: those too that have
-    nothing.
+    Of several texts for one position, that of the group that came last is read. every: those too that
+    have nothing.
     """
     at = {id(place): index for index, place in enumerate(places)}
     found = [(Segment(frozenset(), None), torch.ones(masks.shape[1:]))]

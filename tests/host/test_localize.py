@@ -284,6 +284,12 @@ class TestMasksOfARun:
         assert not torch.equal(models.sample(apart), models.sample(together))
         torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
 
+    @pytest.mark.parametrize("freeze", [0.0, 0.25])
+    def test_a_pass_that_begins_late_is_read_all_the_same(self, freeze):
+        model = models.build()
+        acting = sampling.from_picture(acts(model, freeze_percent=freeze))
+        assert not torch.equal(acting, sampling.from_picture(model))
+
     def test_a_hidden_one_is_not_sought_and_takes_nothing(self):
         model = models.build()
         pair = [Region(name, live=Live(name, threshold="median", start=0.0)) for name in ("cat", "dog")]
