@@ -3,6 +3,7 @@
 import json
 import re
 
+from concept_nodes.benchmarks import binding as of_binding
 from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
@@ -67,3 +68,15 @@ def test_and_of_latent_re_attention():
         change = found[f"{way}_held_change"]
         assert change.low <= 0 <= change.high and change.n >= 144
         assert found[f"{way}_moved"].low > 0.01
+
+
+def test_the_binding_page_tells_what_was_measured():
+    """What is claimed and missed stands there in bold."""
+    result = json.loads((RESULTS / "binding.json").read_text(encoding="utf-8"))
+    found = {key: Figure(**figure) for key, figure in result["figures"].items()}
+    told = (README.parent / "docs" / "binding.md").read_text(encoding="utf-8")
+    assert of_binding.table(found) in told
+    for key, claim in of_binding.CLAIMS.items():
+        line = f"{found[key].value:.3f} [{found[key].low + 0.0:.3f}, {found[key].high:.3f}]"
+        assert f"| `{key}` | {line if claim.met(found[key]) else f'**{line}**'} |" in told
+        assert found[key].n >= 192
