@@ -42,8 +42,8 @@ class Bind(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "Words that belong together, one group in each line or with bars between, as they stand in the prompt. A group that "
-                        "stands there twice: 'red circle #2' is its second place. Neutral: empty, phrases that begin with an article are "
+                        "Words that belong together, one group in each line or with bars between, as they stand in the prompt. A group "
+                        "that stands there twice: 'red circle #2' is its second place. Neutral: empty, phrases that begin with an article are "
                         "taken."
                     ),
                 ),
