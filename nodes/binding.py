@@ -42,9 +42,9 @@ class Bind(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "Words that belong together, as they stand in the prompt, one group in each line: red circle, "
-                        "and blue square below. 'red circle #2' is its second place. Neutral: empty, phrases that "
-                        "begin with an article are taken."
+                        "Words that belong together, one group in each line or with bars between, as they stand in the prompt. A group "
+                        "that stands there twice: 'red circle #2' is its second place. Neutral: empty, phrases that begin with an article are "
+                        "taken."
                     ),
                 ),
                 io.Combo.Input(
