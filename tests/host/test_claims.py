@@ -6,7 +6,6 @@ import re
 from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
-from concept_nodes.benchmarks import steer as of_steering
 from concept_nodes.benchmarks._report import RESULTS, Figure
 from concept_nodes.lab import sliders
 
@@ -68,14 +67,3 @@ def test_and_of_latent_re_attention():
         change = found[f"{way}_held_change"]
         assert change.low <= 0 <= change.high and change.n >= 144
         assert found[f"{way}_moved"].low > 0.01
-
-
-def test_the_steering_page_tells_what_was_measured():
-    result = json.loads((RESULTS / "steer.json").read_text(encoding="utf-8"))
-    told = (README.parent / "docs" / "steering.md").read_text(encoding="utf-8")
-    assert of_steering.table(result["arms"]) in told
-    assert of_steering.doses(result["arms"]) in told
-    for key, claim in of_steering.CLAIMS.items():
-        figure = Figure(**result["figures"][key])
-        line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"
-        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
