@@ -62,9 +62,8 @@ def test_workflows_give_nodes_what_they_ask_for(kind):
         for node in graph.values():
             inputs = {one.id: one for one in schemas[node["class_type"]].inputs}
             assert set(node["inputs"]) <= set(inputs)
-            assert {name for name, one in inputs.items() if not one.optional and getattr(one, "default", None) is None} <= set(
-                node["inputs"]
-            )
+            needed = {name for name, one in inputs.items() if not one.optional and getattr(one, "default", None) is None}
+            assert needed <= set(node["inputs"])
             assert all(value[0] in graph for value in node["inputs"].values() if isinstance(value, list))
     assert len(set(shipped.captions(20))) >= 18
 
