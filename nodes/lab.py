@@ -76,8 +76,8 @@ class LabPairs(io.ComfyNode):
             inputs=[
                 io.Combo.Input("change", options=list(CHANGES), default="flat to neon", tooltip="What differs. All else stays."),
                 io.Int.Input("count", default=8, min=1, max=1024, tooltip="How many pairs."),
-                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures."),
-                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height."),
+                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures, in pixels."),
+                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height, in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
             ],
             outputs=[
@@ -106,12 +106,12 @@ class LabCharacters(io.ComfyNode):
             ),
             search_aliases=["lab", "character", "subject", "training pictures", "captions"],
             inputs=[
-                io.Combo.Input("character", options=list(WORDS), default="cat", tooltip="Whom to draw."),
+                io.Combo.Input("character", options=list(WORDS), default="cat", tooltip="Which of the six is drawn. No value is neutral."),
                 io.String.Input("word", default="ohwx", tooltip="What the captions call it: a word that means nothing to the model."),
                 io.Int.Input("count", default=4, min=1, max=256, tooltip="How many pictures."),
                 io.Int.Input("beside", default=0, min=0, max=5, tooltip="Ordinary objects beside it in each. Neutral: 0, it is alone."),
-                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures."),
-                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height."),
+                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures, in pixels."),
+                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height, in pixels."),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
             ],
             outputs=[

@@ -204,7 +204,7 @@ def test_an_autoencoder_is_trained_found_and_steered_with(model, tmp_path, monke
 @pytest.mark.parametrize("node_id", [one for one in cases.EFFECT_IDS if one != "ConceptNodes_SteerModel"])
 def test_nodes_for_anything_else_refuse_it_by_name(model, node_id):
     with pytest.raises(
-        UnsupportedFamily, match=r"Stable Diffusion 3, on which only features work so far.*Stable Diffusion 1\.5, SDXL, Flux\.1"
+        UnsupportedFamily, match=r"Stable Diffusion 3, on which only nodes for features work so far.*Stable Diffusion 1\.5, SDXL, Flux\.1"
     ):
         cases.EFFECTS[node_id].acts(model)
 
@@ -213,7 +213,7 @@ def test_regions_refuse_it_even_with_features(model):
     from test_region_features import leaning
 
     regions = leaning(Regions().with_region(Region("right", rest=True)), models.features(model))
-    with pytest.raises(UnsupportedFamily, match="only features work so far"):
+    with pytest.raises(UnsupportedFamily, match="only nodes for features work so far"):
         RegionsApply.execute(model, [], [], regions)
 
 
