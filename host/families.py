@@ -214,7 +214,8 @@ def family_of(model, use: str = "") -> Family:
         )
     if family.only not in ("", use):
         raise UnsupportedFamily(
-            f"This model is of the family {family.name}, on which only nodes for {family.only} work so far. Supported here: {supported(use)}."
+            f"This model is of the family {family.name}, on which only nodes for {family.only} work so far. "
+            f"Supported here: {supported(use)}."
         )
     return family
 

@@ -1,4 +1,4 @@
-"""The lab's sparse autoencoders, and the latents and directions of its concepts: `python run.py lab features train|find|all [--model NAME]`.
+"""The lab's sparse autoencoders, and the latents and directions of concepts: `python run.py lab features train|find|all [--model NAME]`.
 
 Each is what this pack's own nodes make of a workflow: Train Sparse Autoencoder on captions of the lab's world, Find Latents and Find
 Direction on captions that differ in the concept. The text encoder is that of both models. Files lie where the host lists them under

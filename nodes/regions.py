@@ -387,8 +387,8 @@ class RegionsApply(io.ComfyNode):
                     "clip",
                     optional=True,
                     tooltip=(
-                        "Reads the regions' prompts. Neutral: not connected, if no region has a prompt, a filter, features of a text encoder or "
-                        "a reference with a prompt, and none is found by words."
+                        "Reads the regions' prompts. Neutral: not connected, if no region has a prompt, a filter, features of a text "
+                        "encoder or a reference with a prompt, and none is found by words."
                     ),
                 ),
                 io.String.Input(
@@ -398,8 +398,8 @@ class RegionsApply(io.ComfyNode):
                     force_input=True,
                     tooltip=(
                         "The text that positive was made from: for text 'span', which finds the regions' words in it, for regions that are "
-                        "found by words, and for filters and features of a text encoder on regions that have no prompt of their own. Neutral: "
-                        "empty."
+                        "found by words, and for filters and features of a text encoder on regions that have no prompt of their own. "
+                        "Neutral: empty."
                     ),
                 ),
             ],

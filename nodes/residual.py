@@ -106,7 +106,7 @@ class ResidualTrain(io.ComfyNode):
                     default=OUTPUTS,
                     tooltip=(
                         "'attention outputs': what gives each block's attention to the picture, as published. 'attention and "
-                        "feed-forward': every layer of those blocks, for a subject that the first does not get; slower steps, a larger file."
+                        "feed-forward': every layer of those blocks, for a subject that the first does not get; slower, a larger file."
                     ),
                 ),
                 *file_inputs("my subject", "strengths 0 and 1"),

@@ -10,6 +10,7 @@ from concept_nodes.benchmarks import localize as of_localize
 from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
 from concept_nodes.benchmarks import sliders as bench
+from concept_nodes.benchmarks import steer as of_steering
 from concept_nodes.benchmarks._report import RESULTS, Figure
 from concept_nodes.lab import sliders
 
