@@ -43,8 +43,8 @@ class Bind(io.ComfyNode):
                     default="",
                     tooltip=(
                         "Words that belong together, one group in each line or with bars between, as they stand in the prompt. A group "
-                        "that stands there twice: 'red circle #2' is its second place. Neutral: empty, phrases that begin with an article are "
-                        "taken."
+                        "that stands there twice: 'red circle #2' is its second place. Neutral: empty, phrases that begin with an article "
+                        "are taken."
                     ),
                 ),
                 io.Combo.Input(
