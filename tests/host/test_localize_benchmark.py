@@ -56,7 +56,7 @@ class TestPublished:
         words = bench.words_of(layout)
         gated = _published.Lag(loaded, [loras[name] for name in layout.names], layout.whole(), words)
         with gated.on():
-            drawn(loaded, base(loaded, layout, loras))
+            drawn(loaded, base(loaded, layout, loras), size=64)
         assert {len(mask) for mask in gated.masks.values()} == {2} and len(gated.masks) > 4
         for mask in gated.masks.values():
             assert mask.shape[1] == 4  # two pictures, twice: the second half is the negative prompt's
