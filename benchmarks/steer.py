@@ -266,10 +266,12 @@ class Told(NamedTuple):
 
 
 def tell(shipped: Shipped, way: Way, concept: str, n: int, others: int) -> Told:
-    wished, other = asked(concept, n, SEED), asked(concept, others, SEED + 1, there=False)
+    wished, right = asked(concept, n, SEED), []
     readings = shipped.eye.read(draw(shipped, way, wished))
     held, valid = [holds(concept, one) for one in readings], [one.valid > 0.5 for one in readings]
-    right = attributes_right(other, shipped.eye.read(draw(shipped, way, other, SEED + 1000))) if others else []
+    if others:
+        other = asked(concept, others, SEED + 1, there=False)
+        right = attributes_right(other, shipped.eye.read(draw(shipped, way, other, SEED + 1000)))
     return Told(held, rest_right(concept, wished, readings), valid, right)
 
 
@@ -653,5 +655,5 @@ def doses(rows: Sequence[dict], model: str = "unet") -> str:
         own = {row["arm"]: row for row in rows if row["concept"] == concept}
         lead = own["ours"].get("lead")
         told = f"{lead[0]:.2f} [{lead[1]:.2f}, {lead[2]:.2f}]" if lead else ""
-        lines.append(f"| {concept} | " + " | ".join(f"{own[arm]['spearman']:.2f}" for arm in arms) + f" | {told} |")
+        lines.append(f"| {concept} | " + " | ".join(f"{own[arm]['spearman']:.2f}" if arm in own else "" for arm in arms) + f" | {told} |")
     return "\n".join(lines)
