@@ -9,6 +9,7 @@ from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import localize as of_localize
 from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
+from concept_nodes.benchmarks import residual as of_residual
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks import steer as of_steering
 from concept_nodes.benchmarks._report import RESULTS, Figure
@@ -111,4 +112,16 @@ def test_the_steering_page_tells_what_was_measured():
     for key, claim in of_steering.CLAIMS.items():
         figure = Figure(**result["figures"][key])
         line = f"{figure.value:.3f} [{figure.low + 0.0:.3f}, {figure.high:.3f}]"
+        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
+
+
+def test_the_page_of_residuals_tells_what_was_measured():
+    """What is claimed and missed stands there in bold."""
+    result = json.loads((RESULTS / "residual.json").read_text(encoding="utf-8"))
+    found = {key: Figure(**figure) for key, figure in result["figures"].items()}
+    told = (README.parent / "docs" / "residual.md").read_text(encoding="utf-8")
+    assert of_residual.table(found) in told
+    for key, claim in of_residual.CLAIMS.items():
+        figure, digits = found[key], 0 if found[key].value > 10 else 3
+        line = f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"
         assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told

@@ -21,6 +21,7 @@ VARIED = {
     "slider_prompts": ("2", "strength", (-1.5, -0.5, 0.5, 1.5)),
     "filter": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
     "residual": ("2", "strength", (0.0, 0.5, 1.0, 1.5)),
+    "features": ("5", "strength", (0.0, 1.0, 2.0, 3.0)),
     "steer": ("3", "strength", (0.0, 0.75, 1.5, 2.0)),
     "maps": ("6", "seed", (7, 8, 9, 10)),
     "bind": ("2", "strength", (0.0, 0.5, 0.8, 1.0)),
