@@ -29,6 +29,8 @@ from .sites import JOINT, Pyramid, patch_level, sites
 from .window import course, remaining
 from .words import length_of
 
+MOST = 2**30  # numbers in the bias of one joint attention
+
 
 class BindingError(ValueError):
     """Words that cannot be bound, and what to do about it."""
@@ -177,12 +179,16 @@ class BlockBound(Attention):
         tokens = 0 if now is None else now.grid[0] * now.grid[1]
         if now is None or len(q) != now.batch or words != now.members.shape[-1] or q.shape[2] < words + tokens or pe is None:
             return {}
-        self.called = True
         turns = pe if len(pe) == 1 else pe.index_select(0, now.rows)
         asked = apply_rope1(q.index_select(0, now.rows)[:, :, words : words + tokens], turns[:, :, words : words + tokens])
         keys = apply_rope1(k.index_select(0, now.rows)[:, :, :words], turns[:, :, :words])
         logits = (asked * q.shape[-1] ** -0.5 @ keys.transpose(-1, -2)).float()
-        bias = self.among(self.form.bias(logits, now)[..., :words], now).to(q.dtype)
+        found = self.form.bias(logits, now)[..., :words]
+        found = found[:, :1] if self.form.sinks else found  # alike in all heads but for what a UNet's sink takes
+        if found.shape[1] * len(q) * q.shape[2] * k.shape[2] > MOST:
+            return {}
+        bias = self.among(found, now).to(q.dtype)
+        self.called = True
         behind = q.shape[2] - words - tokens
         bias = torch.nn.functional.pad(bias, (0, k.shape[2] - words, words, behind))
         return {"attn_mask": bias if attn_mask is None else bias + as_bias(attn_mask, q.dtype)}
@@ -261,8 +267,10 @@ class BindEffect(Effect):
             if len(self.known) >= Run.SPREADS:
                 self.known.clear()
             self.known[key] = self._layers(call.x.device, positive, size, words, shown)
-        self.open.append((self.known[key], torch.tensor(self.strength_of(call), device=call.x.device)))
-        self._tell(len(call.x))
+        self.open.append((len(call.x), self.known[key], torch.tensor(self.strength_of(call), device=call.x.device)))
+        for act in self.acts.values():
+            act.called = False
+        self._tell()
 
     def _layers(self, device, positive, size: int, words: int, shown: tuple[int, int]) -> dict[int, tuple]:
         """(rows, members, places, grid) by level, for one kind of call."""
@@ -291,11 +299,11 @@ class BindEffect(Effect):
                 return self.places(*full)[..., top : top + shown[0], left : left + shown[1]]
         return self.places(*shown)
 
-    def _tell(self, batch: int) -> None:
+    def _tell(self) -> None:
         for name, act in self.acts.items():
-            act.now, act.called = None, False
+            act.now = None
             if self.open:
-                layers, weight = self.open[-1]
+                batch, layers, weight = self.open[-1]
                 rows, members, places, grid = layers[self.levels[name]]
                 act.now = Now(rows, batch, members, places, grid, weight)
 
@@ -304,12 +312,12 @@ class BindEffect(Effect):
         if around:
             self.run.notes[
                 f"{self.name}: {around} of {len(self.acts)} attentions could not be followed in some calls. There, regions read texts of "
-                "their own, or another extension replaces the attention or what it works on."
+                "their own, the picture is too large for it, or another extension replaces the attention or what it works on."
             ] = None
 
     def leave(self, call: Call) -> None:
         self.open.pop()
-        self._tell(len(call.x))
+        self._tell()
 
 
 def attentions(model, form: Form) -> tuple[dict[str, Attention], dict[str, int]]:

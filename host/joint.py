@@ -48,9 +48,15 @@ class Joint:
         )
         key = (context.device, context.dtype, context.shape, references)
         if key not in self._bias:
-            each = max(1, self.shares.shape[1] // len(chunks))  # pictures with shares of their own
+            apart = None if self.apart is None else self.apart.cpu()
+            rows = max(self.shares.shape[1], 0 if apart is None else len(apart))
+            each = max(1, rows // len(chunks))  # pictures with shares of their own, or apart in ways of their own
             real = [[texts[chunk].shape[1] for texts in read] for chunk in range(len(chunks)) for _ in range(each)]
-            bias = joint_bias(self.shares.cpu(), self.lengths, real, references, None if self.apart is None else self.apart.cpu())
+            shares, apart = (
+                part if part is None or part.shape[at] in (1, len(real)) else part.repeat_interleave(len(real) // part.shape[at], at)
+                for part, at in ((self.shares.cpu(), 1), (apart, 0))
+            )
+            bias = joint_bias(shares, self.lengths, real, references, apart)
             self._bias = {key: bias.repeat_interleave(len(context) // len(real), 0).to(context)}
         bias = self._bias[key]
         return {"c_crossattn": whole, "attention_mask": bias if mask is None else self._with(bias, mask, context)}

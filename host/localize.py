@@ -111,9 +111,9 @@ class Masks:
         itself; by the steps before for others.
         """
         own = cut(ops.relative(maps), self.sought, *maps.shape[-2:])
-        by_block = torch.tensor([one.live.scope == BLOCK for one in self.sought], device=own.device)[:, None, None, None]
-        if not bool(by_block.all()):
-            own = torch.where(by_block, own, self.masks(*maps.shape[-2:]).to(own))
+        by_block = [one.live.scope == BLOCK for one in self.sought]
+        if not all(by_block):
+            own = torch.where(torch.tensor(by_block, device=own.device)[:, None, None, None], own, self.masks(*maps.shape[-2:]).to(own))
         return self.share_out(*maps.shape[-2:], own)
 
     def shares(self, height: int, width: int) -> torch.Tensor:

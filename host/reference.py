@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from ..ops.masks import pool
 from ..ops.reference import join, log_sum_exp, read
 from ..ops.schedule import Schedule
-from .dispatcher import KEY, Call, Effect, Run, Sampling, under_way
+from .dispatcher import KEY, Call, Effect, Run, Sampling
 from .families import family_of
 from .places import Place
 from .sites import Pyramid, sites
@@ -31,14 +32,14 @@ from .window import course
 OVERRIDE = "optimized_attention_override"
 MARK = f"{KEY} reference"  # an entry's group of references
 # What belongs to the picture that is sampled, and not to the reference.
+CONTROLS = ("control", "gligen")
 NOT_ITS_OWN = (
     "area",
     "attention_mask",
     "attention_mask_img_shape",
-    "control",
+    *CONTROLS,
     "control_apply_to_uncond",
     "default",
-    "gligen",
     "hooks",
     "mask",
     "mask_strength",
@@ -445,6 +446,7 @@ class Reader(Effect):
 
     def in_run(self, run: Run) -> Reader:
         acting = copy.copy(self)
+        acting.sampling = weakref.proxy(run.sampling)  # which holds this; threads of several devices have none of their own
         memory = run.sampling.kept.setdefault(self, Memory())
         acting.parts = {name: Keep(name, self.levels[name], memory) for name in self.parts}
         return acting
@@ -465,8 +467,8 @@ class Reader(Effect):
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         def strength(call: Call) -> float:
-            this = under_way()
-            return float(this is not None and any(this.names.get(entry) == self.condition for entry in call.options.get("uuids", ())))
+            names = self.sampling.names
+            return float(any(names.get(entry) == self.condition for entry in call.options.get("uuids", ())))
 
         return strength
 
@@ -489,7 +491,9 @@ class Reader(Effect):
                 continue
             pairs = [memory.latents[number] for number in memory.under_way]
             latent, noise = (torch.cat(parts).to(x) for parts in zip(*pairs, strict=True))
-            evaluate([entry], options, model.model_sampling.noise_scaling(sigma[:1], noise, latent))
+            # The host gives what controls the sampled picture to every condition, whatever it had before.
+            plain = {key: value for key, value in entry.items() if key not in CONTROLS}
+            evaluate([plain], options, model.model_sampling.noise_scaling(sigma[:1], noise, latent))
         memory.sigma = call.sigma
         return options
 

@@ -204,11 +204,12 @@ class Drawing:
     """The regions' shares drawn for grids over the picture, each once: strokes and feathers depend on its proportions."""
 
     FINER = 4  # dots a side for each cell
+    GRIDS = 8  # remembered
 
     def __init__(self, regions: Regions):
         self.regions = regions
         self._drawn: tuple[tuple[int, int], torch.Tensor] | None = None
-        self._own: tuple[tuple[int, int], torch.Tensor] | None = None
+        self._own: dict[tuple[int, int], torch.Tensor] = {}  # layers of one call have several grids
 
     def shares(self, height: int, width: int) -> torch.Tensor:
         """(K, height, width)"""
@@ -219,14 +220,16 @@ class Drawing:
 
     def own(self, height: int, width: int) -> torch.Tensor:
         """(K, height, width): the regions' own masks, whatever the others have. A live one that has none may be anywhere."""
-        if self._own is None or self._own[0] != (height, width):
+        if (height, width) not in self._own:
             regions = self.regions
             own = pool(regions.document.drawn(self.FINER * height, self.FINER * width, regions.masks), height, width)
             for mask, region in zip(own, regions.document.regions, strict=True):
                 if region.live is not None and not region.shapes and region.name not in regions.masks:
                     mask.fill_(float(region.visible))
-            self._own = (height, width), own
-        return self._own[1]
+            while len(self._own) >= self.GRIDS:
+                self._own.pop(next(iter(self._own)))
+            self._own[height, width] = own
+        return self._own[height, width]
 
     def with_live(self, height: int, width: int, found: torch.Tensor) -> torch.Tensor:
         """(K, pictures, height, width), from the masks (N, pictures, height, width) of the live regions."""
@@ -298,6 +301,9 @@ def apply(
                 for one in readings
                 if max(one.start, live.live.start) < min(one.end, live.live.end)
             ]
+            if not readings:
+                lines.append(f"'{region.name}': nothing done, no step lies between its start and its end.")
+                continue
         turns = [(place_of(index, texts), start, end) for texts, start, end in readings]
         before = len(effects)
         for lora in loras:
@@ -323,9 +329,12 @@ def apply(
             told.append(reference.describe(patcher.model))
         effects += [TextEffect(f"'{region.name}': prompt", place, start, end) for place, start, end in turns if place.texts]
         for leaning in leanings:
-            if not leaning.of_text and not leaning.idle():
+            within = leaning
+            if live is not None:
+                within = replace(leaning, start=max(leaning.start, live.live.start), end=min(leaning.end, live.live.end))
+            if not leaning.of_text and not leaning.idle() and within.start < within.end:
                 # A place of its own, which no text has: what is steered divides nothing.
-                effects.append(_leaning_effect(patcher, leaning, region.name, place_of(index)))
+                effects.append(_leaning_effect(patcher, within, region.name, place_of(index)))
             told += _told_of(leaning, patcher.model, clip)
         if len(effects) == before and not seen:
             lines += told

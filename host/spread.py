@@ -96,12 +96,17 @@ class Spread:
         chunks = max(1, len(kind.names))
         if masks.shape[1] * chunks != kind.batch or kind.crops != (Crop(0, 0, *kind.full),):
             return
-        found = masks.flatten(2).repeat(1, chunks, 1)
+        found, pictures = masks.flatten(2).repeat(1, chunks, 1), masks.shape[1]
+
+        def factors(place: Place) -> torch.Tensor:
+            each = torch.tensor([self._factor(place, chunk) for chunk in range(chunks)], device=found.device)
+            return each.repeat_interleave(pictures)[:, None]
+
         for (_, columns, own), shares in self._of_sites.items():
             if own == behind and own and shares.tokens == found.shape[-1]:
                 places = [self.places[place] for place, _ in columns]
                 before = shares.rows.expand(-1, kind.batch, -1)
-                rows = [found[place.index] if place.source == source else before[at] for at, place in enumerate(places)]
+                rows = [found[place.index] * factors(place) if place.source == source else before[at] for at, place in enumerate(places)]
                 shares.rows = torch.stack(rows).to(before)
 
     def _cut(self, masks: torch.Tensor) -> list[Pyramid]:

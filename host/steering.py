@@ -39,8 +39,8 @@ class Setting(NamedTuple):
 
     strengths: list[torch.Tensor]
     scales: list[Scale]
-    shares: list[torch.Tensor | None]
-    whole: Shares | None
+    places: list[int | None]
+    shares: Shares | None
 
 
 class Steers:
@@ -68,18 +68,19 @@ class Steers:
         return Setting(
             [torch.tensor(float(strength), device=self.device) for strength, _ in strengths],
             [Scale(*(part.to(self.device) for part in one.scale(sigma))) for one, (_, sigma) in zip(self.features, strengths, strict=True)],
-            [None if place is None else shares.rows[place].to(self.device) for place in places],
+            list(places),
             shares,
         )
 
     def use(self, setting: Setting) -> None:
-        self.strengths, self.scales, self.shares, self.whole = setting
+        self.strengths, self.scales, self.places, self.whole = setting
 
     def __call__(self, output: Any, fresh: bool, *args, **kwargs) -> Any:
         own = output[self.at] if isinstance(output, tuple) else output
         rows = _rows(own)
-        shares = [None if share is None else self._fitted(share, *rows.shape[:2]) for share in self.shares]
-        if any(share is None and was is not None for share, was in zip(shares, self.shares, strict=True)):
+        # Looked up in each call: masks that come of the sampling itself are others from step to step.
+        shares = [None if place is None else self._fitted(self.whole.rows[place], *rows.shape[:2]) for place in self.places]
+        if any(share is None and place is not None for share, place in zip(shares, self.places, strict=True)):
             return output
         for differ, at in self.kinds.items():
             x = rows.float() if self.reads else rows
@@ -98,7 +99,7 @@ class Steers:
             if self.whole is not None:
                 self.whole.missed = True
             return None
-        share = torch.nn.functional.pad(share, (0, tokens - share.shape[-1]))
+        share = torch.nn.functional.pad(share.to(self.device), (0, tokens - share.shape[-1]))
         if 1 < len(share) < batch:
             share = torch.nn.functional.pad(share, (0, 0, 0, batch - len(share)))
         return share[:batch]

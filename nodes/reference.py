@@ -109,13 +109,16 @@ class RegionReference(io.ComfyNode):
         check_numbers(strength, start_percent, end_percent)
         if strength < 0:
             raise ValueError(f"strength is {strength:g}, and a position cannot count less than not at all. Set it to 0 or more.")
+        course = Schedule.parse(schedule)
+        if course is not None and min(factor for _, factor in course.points) < 0:
+            raise ValueError(f"schedule is {course}, and a position cannot count less than not at all. Set its factors to 0 or more.")
         regions.check_name(region)
         if len(image) != 1:
             raise ValueError(f"image holds {len(image)} pictures. Connect one; several references are several Region References.")
         if not torch.isfinite(image).all():
             raise ValueError("image holds NaN or infinity. Connect another picture.")
         picture = Picture(image[0, :, :, :3], None if mask is None else checked_mask(mask), vae)
-        reference = Reference(region, picture, strength, start_percent, end_percent, layers, prompt, seed, Schedule.parse(schedule))
+        reference = Reference(region, picture, strength, start_percent, end_percent, layers, prompt, seed, course)
         return io.NodeOutput(regions.with_reference(region, reference))
 
 

@@ -289,11 +289,11 @@ class Residual(OfFile):
             effects.append(adapters.AdapterEffect(*how))
             return effects[0]
 
-        bound, length = (None, 0) if localize == OFF else sought(clip, family_of(model.model), prompt, words, told)
         put, lines = hanging.put(model, "Residual", "file", file, lora, make=made)
         if put is not model:
             lines.insert(1, said(told, CONNECTED if file == NONE else file))
-        for effect in effects if bound else ():
+        for effect in effects if localize != OFF and put is not model else ():
+            bound, length = sought(clip, family_of(model.model), prompt, words, told)
             finder = localized(model.model, effect.parts, bound, length, localize, None if mask is None else checked_mask(mask))
             effect.place = place(finder)
             effect.text = "own" if any(name.endswith((".to_k", ".to_v")) for name in effect.parts) else "none"
