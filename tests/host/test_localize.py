@@ -23,8 +23,10 @@ from concept_nodes.lab.eye import Eye
 from concept_nodes.nodes.localize import Localize
 from concept_nodes.nodes.maps import Maps
 from concept_nodes.nodes.regions import RegionLoRA, RegionsApply, RegionSlider, RegionsToMasks
+from concept_nodes.nodes.steering import RegionFeatures
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Live, Region
+from concept_nodes.ops.steering import ADD
 
 KINDS = list(models.KINDS)
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
@@ -283,6 +285,32 @@ class TestMasksOfARun:
         apart, together = (put(model, regions, text, isolation=value, isolation_end=1.0).result[0] for value in (5.0, 0.0))
         assert not torch.equal(models.sample(apart), models.sample(together))
         torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
+
+    def test_isolation_of_pictures_before_the_regions_are_there(self):
+        """In one sequence isolation then has a bias for each picture, and the texts one for all."""
+        model = models.build("flux")
+        regions = Regions()
+        for seed, name in enumerate(("cat", "dog")):
+            regions = regions.with_region(Region(name, live=Live(name, start=0.6)))
+            regions = regions.with_lora(name, Hung(name, models.lora(model, seed=seed), 0.8, 0.0))
+        apart = put(model, regions, "none", isolation=5.0, isolation_end=1.0).result[0]
+        torch.testing.assert_close(models.sample(apart, batch=2)[:1], models.sample(apart), **CLOSE)
+
+    @each_kind
+    def test_features_follow_and_keep_to_its_window(self, kind):
+        """Alone on a region that follows to the end, where strengths and layers stay the same from step to step."""
+        model = models.build(kind)
+        found = models.features(model)
+
+        def steered(**live):
+            regions = Regions().with_region(Region("cat", live=Live("cat", threshold="median", until=1.0, **live)))
+            leaning = RegionFeatures.execute(regions, "cat", "none", 1.0, ADD, 0.0, 1.0, "cond", "", found).result[0]
+            return models.sample(put(model, leaning).result[0])
+
+        plain = models.sample(model)
+        assert not torch.equal(steered(start=0.0), plain)
+        assert not torch.equal(steered(start=0.0), steered(start=0.7))
+        assert torch.equal(steered(start=0.5, end=0.5), plain)
 
     @pytest.mark.parametrize("freeze", [0.0, 0.25])
     def test_a_pass_that_begins_late_is_read_all_the_same(self, freeze):

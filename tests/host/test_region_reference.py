@@ -404,6 +404,7 @@ class TestNode:
             ({"image": torch.rand(2, 8, 8, 3)}, r"image holds 2 pictures"),
             ({"mask": torch.full((1, 8, 8), torch.nan)}, r"mask holds NaN"),
             ({"strength": -1.0}, r"strength is -1"),
+            ({"schedule": "0:1, 1:-.5"}, r"schedule is 0:1, 1:-0.5, and a position cannot"),
             ({"start_percent": 0.8, "end_percent": 0.2}, r"start_percent 0.8 lies after"),
         ],
     )
