@@ -45,20 +45,6 @@ def told(sae, site=SITE, **config):
     return SAEFile(sae, {"site": site, "io": "text", "family": "CLIP-L"} | config, {})
 
 
-class Letters:
-    """Something that encodes a letter, for models whose contexts are random."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def tokenize(self, text):
-        return text
-
-    def encode_from_tokens(self, text, return_pooled=False):
-        context, options = models.conditioning(self.model, 100 + ord(text) if text else 99)[0]
-        return context, options.get("pooled_output")
-
-
 def first_rows(model, site):
     """What a site gives in the first call of a sampling, (rows, T, d)."""
     seen = []
@@ -200,9 +186,9 @@ def test_steered_models_are_what_the_autoencoder_decodes(kind):
     file = told(sae, "diffusion_model." + site, io="out", family=family)
     runs = Runs(64, 64, 3, 1.0, 2, 1, 5)
     wish = Wish(("p", "q"), ("r",), "x", top=3)
-    found = find_in_model(model, Letters(model), file, wish, runs).features
+    found = find_in_model(model, text_encoders.Letters(model), file, wish, runs).features
     assert found.family == family and found.site == site and found.positive.shape == (2, 3)
-    assert equal(found, find_in_model(model, Letters(model), file, wish, runs).features)
+    assert equal(found, find_in_model(model, text_encoders.Letters(model), file, wish, runs).features)
     chosen = [int((sae.directions(torch.arange(sae.n)) == row).all(1).nonzero()) for row in found.directions]
     acting = SteerModel.execute(model, "none", 1.0, "scale", 0.0, 1.0, "both", "", None, found, keep_norm="off").result[0]
     before, after = (first_rows(one, site) for one in (model, acting))
@@ -218,7 +204,7 @@ def test_means_in_a_model_are_those_of_the_codes():
     file = told(sae, site, io="out", family=models.features(model).family)
     seen = []
     handle = model.model.diffusion_model.get_submodule(site).register_forward_hook(lambda _, given, output: seen.append(output.clone()))
-    found = find_in_model(model, Letters(model), file, Wish(("p",), ("r",), "x", top=4), runs).features
+    found = find_in_model(model, text_encoders.Letters(model), file, Wish(("p",), ("r",), "x", top=4), runs).features
     handle.remove()
     chosen = [int((sae.directions(torch.arange(sae.n)) == row).all(1).nonzero()) for row in found.directions]
     for rows, table in zip(seen, (found.positive, found.negative), strict=True):

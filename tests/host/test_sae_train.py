@@ -4,6 +4,7 @@ import comfy.model_management
 import folder_paths
 import models
 import pytest
+import text_encoders
 import torch
 from comfy.model_management import InterruptProcessingException
 
@@ -113,23 +114,11 @@ def test_rows_of_texts(clip, pooling):
     assert sum(len(next(again)) for _ in range(6)) == 3 * len(expected)
 
 
-class Letters:
-    def __init__(self, model):
-        self.model = model
-
-    def tokenize(self, text):
-        return text
-
-    def encode_from_tokens(self, text, return_pooled=False):
-        context, options = models.conditioning(self.model, 100 + ord(text) if text else 99)[0]
-        return context, options.get("pooled_output")
-
-
 @pytest.mark.parametrize("kind", ["sd15", "flux"])
 def test_rows_of_pictures_are_the_blocks_own(kind):
     """Every row that comes is one that the block gave, at one of the noise levels, and none is torn off its neighbours' numbers."""
     model, site = models.build(kind), models.SITES[kind]
-    source = model_rows(model, Letters(model), "diffusion_model." + site, "out", "pqr", Runs(64, 64, 2, 1.0, 1, 1, 3), 5)
+    source = model_rows(model, text_encoders.Letters(model), "diffusion_model." + site, "out", "pqr", Runs(64, 64, 2, 1.0, 1, 1, 3), 5)
     seen = []
     handle = model.model.diffusion_model.get_submodule(site).register_forward_hook(lambda _, given, output: seen.append(output))
     found = next(source)
@@ -145,12 +134,12 @@ def test_on_a_model(clip, folder):
     model = models.build("sd15")
     with torch.inference_mode():
         sae, _, _, report = SAETrain.execute(
-            Letters(model), "p\nq", "model", "auto", "topk", 1, 4, 10, 64, 0, "m", model=model, width=64, height=64, sampling_steps=2,
-            cfg=1.0, levels=2, rows=32,
+            text_encoders.Letters(model), "p\nq", "model", "auto", "topk", 1, 4, 10, 64, 0, "m", model=model, width=64, height=64,
+            sampling_steps=2, cfg=1.0, levels=2, rows=32,
         ).result  # fmt: skip
     assert sae.config["io"] == "out" and sae.config["family"] == models.features(model).family and "Saved as" in report
     found, _ = SAEFind.execute(
-        sae, Letters(model), "p", "q", "effect size", 2, "", model=model, width=64, height=64, steps=2, cfg=1.0
+        sae, text_encoders.Letters(model), "p", "q", "effect size", 2, "", model=model, width=64, height=64, steps=2, cfg=1.0
     ).result
     assert found.site == sae.config["site"] and found.width == sae.sae.d
 
