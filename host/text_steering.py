@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.shares import Shares
 from ..ops.steering import ADD, Steer
 from .dispatcher import Layer
 from .encoders import Seat, windows_of
@@ -132,9 +133,8 @@ def _acts(clip, steers: Sequence[tuple[TextSteer, Sequence[TextSite]]], tokens: 
         if not windows:
             continue
         act = Steers([Steered(own, steer.steer._replace(directions=own.operand())) for steer, _, own in group], device)
-        setting = act.setting([(steer.strength, 0.0) for steer, _, _ in group])
-        scopes = [scope_of(clip, site.seat, windows, steer.scope).to(device) for steer, _, _ in group]
-        act.use(setting._replace(shares=scopes))
+        scopes = Shares(torch.stack([scope_of(clip, site.seat, windows, steer.scope).to(device) for steer, _, _ in group]))
+        act.use(act.setting([(steer.strength, 0.0) for steer, _, _ in group], range(len(group)), scopes))
         made.append((site.module, act))
     return made
 

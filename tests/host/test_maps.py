@@ -23,7 +23,7 @@ from concept_nodes.host.places import Place
 from concept_nodes.host.regions import TextEffect
 from concept_nodes.nodes.maps import Capture, Maps
 
-SD15, SDXL, FLUX = FAMILIES
+SD15, SDXL, FLUX, _ = FAMILIES
 each_kind = pytest.mark.parametrize("kind", list(models.KINDS))
 
 
