@@ -140,7 +140,7 @@ class Effect:
     def strengths(self, model_sampling) -> Callable[[Call], Strength]:
         """The strength call by call, 0.0 for calls left exactly as they are without the effect; several numbers where its parts need
         more than one, such as the noise level. Asked once per run, because nodes behind the effect's own may still change the model's
-        schedule."""
+        schedule. Every effect has its own."""
         raise NotImplementedError
 
     def around(self) -> Mapping[str, Any]:

@@ -213,7 +213,7 @@ class Attending:
         return self.attend(out, Asked.of(*args, **kwargs), kwargs.get("skip_output_reshape", False))
 
     def attend(self, out: torch.Tensor, asked: Asked, by_heads: bool) -> torch.Tensor:
-        """The attention's output as the layer shall see it: (B, L, heads * d), or by heads (B, heads, L, d)."""
+        """The attention's output as the layer shall see it: (B, L, heads * d), or by heads (B, heads, L, d). Each kind has its own way."""
         raise NotImplementedError
 
 

@@ -316,7 +316,7 @@ class Objective:
     """What a `Loop` trains: the losses of a step, and what is carried from step to step."""
 
     def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
-        """Each is differentiated by itself, which holds one prediction in memory at a time."""
+        """Each is differentiated by itself, which holds one prediction in memory at a time. Every objective has its own."""
         raise NotImplementedError
 
     def done(self, step: int) -> None:
@@ -330,7 +330,7 @@ class Objective:
         """Go on from there."""
 
     def memory(self) -> Memory:
-        """What training on it takes."""
+        """What training on it takes; every objective says its own."""
         raise NotImplementedError
 
 

@@ -59,6 +59,15 @@ class LabLoader(io.ComfyNode):
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae)
 
 
+def scene_inputs() -> list:
+    """Of what size scenes are drawn, and which."""
+    return [
+        io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures, in pixels."),
+        io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height, in pixels."),
+        io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
+    ]
+
+
 class LabPairs(io.ComfyNode):
     """Drawn scenes that differ in one thing, to train a slider from."""
 
@@ -76,9 +85,7 @@ class LabPairs(io.ComfyNode):
             inputs=[
                 io.Combo.Input("change", options=list(CHANGES), default="flat to neon", tooltip="What differs. All else stays."),
                 io.Int.Input("count", default=8, min=1, max=1024, tooltip="How many pairs."),
-                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures, in pixels."),
-                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height, in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
+                *scene_inputs(),
             ],
             outputs=[
                 io.Image.Output("before", display_name="before", tooltip="The scenes before the change."),
@@ -110,9 +117,7 @@ class LabCharacters(io.ComfyNode):
                 io.String.Input("word", default="ohwx", tooltip="What the captions call it: a word that means nothing to the model."),
                 io.Int.Input("count", default=4, min=1, max=256, tooltip="How many pictures."),
                 io.Int.Input("beside", default=0, min=0, max=5, tooltip="Ordinary objects beside it in each. Neutral: 0, it is alone."),
-                io.Int.Input("width", default=64, min=64, max=128, step=8, tooltip="Width of the pictures, in pixels."),
-                io.Int.Input("height", default=64, min=64, max=128, step=8, tooltip="Their height, in pixels."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Which scenes are drawn."),
+                *scene_inputs(),
             ],
             outputs=[
                 io.Image.Output("images", display_name="images", tooltip="The pictures."),

@@ -310,10 +310,8 @@ class TestSimilarity:
 
 
 class TestBesides:
-    @each_kind
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])  # SDXL is made of the same classes as the former
     def test_compiled(self, kind):
-        if kind == "sdxl":
-            pytest.skip("the same classes as sd15")
         model = sampling.compiled(kind)
         torch.testing.assert_close(models.sample(put(model), steps=2), models.sample(put(models.build(kind)), steps=2), **CLOSE)
 
