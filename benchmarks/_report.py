@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple
@@ -143,3 +144,54 @@ def run(
         return check(name, figures)
     write(name, time.monotonic() - began, figures, arms)
     return judge(figures, claims or {})
+
+
+def run_parts(
+    name: str,
+    argv: list[str],
+    parts: Sequence[str],
+    measure: Callable[[bool, Sequence[str]], tuple[dict[str, Figure], list[dict]]],
+    claims: dict[str, Claim],
+    part_of: Callable[[dict], str] = itemgetter("part"),
+    joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+) -> int:
+    """The command line of a benchmark in parts: `--again` measures some of them anew and leaves the others' committed figures, `--check` a
+    sample of those that are committed. part_of: the part that a row is of. joint: figures that are of several parts' rows.
+    """
+    parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--again", nargs="+", choices=parts, default=parts)
+    options = parser.parse_args(argv)
+    if options.check:
+        figures, _ = measure(True, [part for part in parts if part in committed(name)["parts"]])
+        return check(name, figures)
+    before, figures = commit(), {}
+    for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
+        began = time.monotonic()
+        found, rows = measure(False, [part])
+        figures = merge(name, part, {"commit": before, "seconds": round(time.monotonic() - began, 1)}, found, rows, part_of, joint)
+    return judge(figures, claims)
+
+
+def committed(name: str) -> dict:
+    """The results of a benchmark in parts; of none where there are none yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
+
+
+def merge(
+    name: str,
+    part: str,
+    run: dict,
+    figures: dict[str, Figure],
+    rows: list[dict],
+    part_of: Callable[[dict], str] = itemgetter("part"),
+    joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+) -> dict[str, Figure]:
+    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
+    others = committed(name)
+    rows = [row for row in others["arms"] if part_of(row) != part] + rows
+    figures = {key: Figure(**figure) for key, figure in others["figures"].items()} | figures | joint(rows)
+    parts = others["parts"] | {part: run}
+    write(name, sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})
+    return figures

@@ -26,6 +26,9 @@ With --size sdxl or flux, on a GPU, only this, for a model of the published size
     PRECISION_flat               the last less the first of these
     PRECISION_step_ratio_own_k8  each box reading its own copy of the prompt as well (text own)
     PRECISION_memory_k8          peak memory over the plain graph's, in sizes of the eight adapters
+
+`--again PART ...` measures some of PARTS anew and keeps the others' committed figures; where none are committed, it begins them. unet6 and
+dit6 are what is claimed: base, global, ours and alone at K = 6. The others' pictures are fewer (`few`).
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ from ._layouts import (
 from ._report import Claim, Figure, mean, share
 
 COUNTS = (1, 2, 3, 4, 6)
+MOST = max(COUNTS)
 SEEDS, FIRST_SEED = 24, 30_000
 TIMED = {"repeats": 9, "steps": 8, "wide_steps": 1, "wide_repeats": 5}
 
@@ -150,75 +154,52 @@ def seams(layout: Layout, pictures: torch.Tensor) -> torch.Tensor:
     return torch.cat(steps, 1).mean(1) if steps else torch.zeros(len(pictures))
 
 
-def measure_quality(kind: str, counts: Sequence[int], seeds: Sequence[int], arms: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
-    """Figures at K = 6 and each arm's course over K."""
-    loaded, eyes = lab.load(kind), {name: Eye.load(name) for name in EYES}
-    loras = loras_of(kind)
-    figures: dict[str, Figure] = {}
-    courses = []
-    for k in counts:
-        turns = [seeds[turn :: len(WORDS)] for turn in range(len(WORDS))]
-        told: dict[str, dict[str, list]] = {}
-        for arm in arms if k > 1 else ("base", "global", "couple", "ours"):
-            row = told[arm] = {f"{key}_{eye}": [] for key in ("identity", "stray", "valid") for eye in eyes} | {"seam": []}
-            for turn, own in enumerate(turns):
-                if not own:
-                    continue
-                layout = Layout(k, turn)
-                pictures = sample(loaded, *ARMS[arm](loaded, layout, loras), own)
-                row["seam"] += seams(layout, pictures).tolist()
-                for name, eye in eyes.items():
-                    readings = eye.read(pictures)
-                    row[f"identity_{name}"] += identities(layout, readings)
-                    row[f"stray_{name}"] += strays(layout, readings)
-                    row[f"valid_{name}"] += [reading.valid > 0.5 for reading in readings]
-            courses.append(
-                {"model": kind, "arm": arm, "k": k, "n": len(seeds)} | {key: round(sum(v) / len(v), 4) for key, v in row.items()}
-            )
-            print(courses[-1], flush=True)
-        if k == max(counts):
-            alone = _alone(loaded, k, turns, loras, eyes)
-            courses.append(
-                {"model": kind, "arm": "alone", "k": k, "n": len(alone["eye"])}
-                | {f"identity_{name}": round(sum(v) / len(v), 4) for name, v in alone.items()}
-            )
-            for name in eyes:
-                suffix = "" if name == "eye" else f"_{name}"
-                figures |= _figures(kind, k, told, alone[name], name, suffix)
-    return figures, courses
+def measure_quality(kind: str, k: int, arms: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """The arms' readings of one picture a seed; with "alone" among them the figures that are over it."""
+    loaded, eye, loras = lab.load(kind), Eye.load(), loras_of(kind)
+    turns = [(turn, own) for turn in range(len(WORDS)) if (own := seeds[turn :: len(WORDS)])]
+    told: dict[str, dict[str, list]] = {}
+    rows = []
+    for arm in arms:
+        began, row, pictures = time.monotonic(), {key: [] for key in ("identity", "stray", "valid", "seam")}, 0
+        for layout, only, drawn in _pictures(loaded, loras, k, arm, turns):
+            readings, pictures = eye.read(drawn), pictures + len(drawn)
+            row["identity"] += identities(layout, readings, only)
+            row["valid"] += [reading.valid > 0.5 for reading in readings]
+            if only is None:
+                row["stray"] += strays(layout, readings)
+                row["seam"] += seams(layout, drawn).tolist()
+        told[arm] = row
+        rows.append({"model": kind, "arm": arm, "k": k, "pictures": pictures, "seconds": round((time.monotonic() - began) / pictures, 2)})
+        rows[-1] |= {key: round(sum(values) / len(values), 4) for key, values in row.items() if values}
+        print(rows[-1], flush=True)
+    return (_figures(kind, k, told) if "alone" in told else {}), rows
 
 
-EYES = ("eye",)
-
-
-def _alone(loaded, k: int, turns, loras, eyes) -> dict[str, list[bool]]:
-    """Identity of every region with only itself on the canvas."""
-    found: dict[str, list[bool]] = {name: [] for name in eyes}
-    for turn, own in enumerate(turns):
+def _pictures(loaded, loras, k: int, arm: str, turns: Sequence[tuple[int, Sequence[int]]]):
+    """Layouts, the regions in them (None: all) and the pictures of an arm. Alone, every region comes to two seeds of each layout."""
+    for turn, own in turns:
+        layout = Layout(k, turn)
+        if arm != "alone":
+            yield layout, None, sample(loaded, *ARMS[arm](loaded, layout, loras), own)
+            continue
         for index in range(k):
-            if own:
-                layout = Layout(k, turn)
-                pictures = sample(loaded, *ours(loaded, layout, loras, [index]), own[:2])
-                for name, eye in eyes.items():
-                    found[name] += identities(layout, eye.read(pictures), [index])
-    return found
+            yield layout, [index], sample(loaded, *ours(loaded, layout, loras, [index]), own[:2])
 
 
-def _figures(kind: str, k: int, told: dict, alone: list[bool], eye: str, suffix: str) -> dict[str, Figure]:
+def _figures(kind: str, k: int, told: dict[str, dict[str, list]]) -> dict[str, Figure]:
     """Ratios over the reference arms; their intervals are those of the numerator."""
 
-    def over(figure: Figure, by: float) -> Figure:
-        by = max(by, 1e-9)
+    def over(figure: Figure, arm: str, key: str) -> Figure:
+        values = told[arm][key]
+        by = max(sum(values) / len(values), 1e-9)
         return Figure(figure.value / by, figure.low / by, figure.high / by, figure.n)
 
-    def average(values) -> float:
-        return sum(values) / len(values)
-
-    mine, everywhere, plain = told["ours"], told["global"], told["base"]
+    mine = told["ours"]
     return {
-        f"{kind}_identity_k{k}{suffix}": over(share(mine[f"identity_{eye}"]), average(alone)),
-        f"{kind}_leakage_k{k}{suffix}": over(mean(mine[f"stray_{eye}"]), average(everywhere[f"stray_{eye}"])),
-        f"{kind}_seam_k{k}{suffix}": over(mean(mine["seam"]), average(plain["seam"])),
+        f"{kind}_identity_k{k}": over(share(mine["identity"]), "alone", "identity"),
+        f"{kind}_leakage_k{k}": over(mean(mine["stray"]), "global", "stray"),
+        f"{kind}_seam_k{k}": over(mean(mine["seam"]), "base", "seam"),
     }
 
 
@@ -379,16 +360,59 @@ def calls_ratio() -> float:
     return counts[0] / counts[1]
 
 
-def _measure(sample: bool):
+# --- the whole --------------------------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A part of the quality run: which arms draw K regions, one picture a seed."""
+
+    kind: str
+    k: int
+    arms: tuple[str, ...]
+    seeds: int
+
+
+CLAIMED = ("base", "global", "ours", "alone")
+
+
+def few(k: int) -> int:
+    """Pictures of what no claim reads: 24 to 48 regions."""
+    return max(8, SEEDS // k)
+
+
+def cells() -> dict[str, Cell]:
+    found = {}
+    for kind in lab.MODELS:
+        for k in COUNTS:
+            arms = tuple(ARMS) if k > 1 else ("base", "global", "couple", "ours")
+            if k == MOST:
+                found[f"{kind}{k}"] = Cell(kind, k, CLAIMED, SEEDS)
+                found[f"{kind}{k}_others"] = Cell(kind, k, tuple(arm for arm in arms if arm not in CLAIMED), few(k))
+            else:
+                found[f"{kind}{k}"] = Cell(kind, k, arms, few(k))
+    return found
+
+
+CELLS = cells()
+PARTS = ("cost", *CELLS)
+CHECKED = {"cost", *(part for part, cell in CELLS.items() if "alone" in cell.arms)}  # whose figures are claimed
+
+
+def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figure], list[dict]]:
     lab.show_files()
+    figures: dict[str, Figure] = {}
+    rows: list[dict] = []
     with torch.inference_mode():
-        figures, arms = measure_cost()
-        seeds = range(FIRST_SEED, FIRST_SEED + (6 if sample else SEEDS))
-        for kind in lab.MODELS:
-            found, courses = measure_quality(kind, (6,) if sample else COUNTS, seeds, ("base", "global", "ours") if sample else list(ARMS))
+        for part in [part for part in parts if not sample or part in CHECKED]:
+            if part == "cost":
+                found, told = measure_cost()
+            else:
+                cell = CELLS[part]
+                count = len(WORDS) if sample else cell.seeds
+                found, told = measure_quality(cell.kind, cell.k, cell.arms, range(FIRST_SEED, FIRST_SEED + count))
             figures |= found
-            arms += courses
-    return figures, arms
+            rows += [{"part": part} | row for row in told]
+    return figures, rows
 
 
 # --- cost at real sizes ------------------------------------------------------------------------------------------------------------
@@ -538,7 +562,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", choices=SIZES)
     options, others = parser.parse_known_args(argv)
     if options.size is None:
-        return _report.run("regional", others, _measure, CLAIMS)
+        return _report.run_parts("regional", others, PARTS, _measure, CLAIMS)
     if not torch.cuda.is_available():
         print(f"bench regional --size {options.size} times a model of the published size, which needs a GPU, and torch finds none here.")
         return 1

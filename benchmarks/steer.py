@@ -32,11 +32,8 @@ ours, ours free (no gate), ours model, ours both.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -599,31 +596,13 @@ def above_random(rows: Sequence[dict]) -> Figure:
     return Figure(*[float(sum(above))] * 3, len(above))
 
 
+def joint(rows: Sequence[dict]) -> dict[str, Figure]:
+    """What takes both the pictures with the concept taken out and those with it added."""
+    return {"concepts_above_random": above_random(rows)} if {"erase", "dose"} <= set(map(part_of, rows)) else {}
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench steer", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=PARTS, default=PARTS)
-    options, others = parser.parse_known_args(argv)
-    if "--check" in others:
-        return _report.run("steer", others, _measure, CLAIMS)
-    commit, figures = _report.commit(), {}
-    for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
-        began = time.monotonic()
-        found, rows = _measure(False, [part])
-        figures = merge(part, {"commit": commit, "seconds": round(time.monotonic() - began, 1)}, found, rows)
-    return _report.judge(figures, CLAIMS)
-
-
-def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
-    path = _report.RESULTS / "steer.json"
-    committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
-    figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | figures
-    rows = [row for row in committed["arms"] if part_of(row) != part] + rows
-    if {"erase", "dose"} <= set(map(part_of, rows)):
-        figures["concepts_above_random"] = above_random(rows)
-    parts = committed["parts"] | {part: run}
-    _report.write("steer", sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})
-    return figures
+    return _report.run_parts("steer", argv, PARTS, _measure, CLAIMS, part_of, joint)
 
 
 def part_of(row: dict) -> str:

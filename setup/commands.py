@@ -67,7 +67,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
-    benched.add_argument("--again", nargs="+", metavar="PART", default=[], help="localize, maps, steer: measure these parts alone anew")
+    benched.add_argument(
+        "--again", nargs="+", metavar="PART", default=[], help="localize, maps, regional, steer: measure these parts alone anew"
+    )
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -148,8 +150,8 @@ def run_benchmark(options) -> int:
     for option in ("released", "ours"):
         if getattr(options, option) and options.name != "sliders":
             raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
-    if options.again and options.name not in ("localize", "maps", "steer"):
-        raise SetupError(f"bench {options.name} has no --again; bench localize, bench maps and bench steer have.")
+    if options.again and options.name not in ("localize", "maps", "regional", "steer"):
+        raise SetupError(f"bench {options.name} has no --again; bench localize, bench maps, bench regional and bench steer have.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
     passed += ["--again", *options.again] if options.again else []
