@@ -4,7 +4,7 @@ and how their pictures are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,16 +47,31 @@ class Layout:
 
     def whole(self) -> str:
         """One prompt that names all."""
-        things = [f"a large {WORDS[name]} {self.place(index)}" for index, name in enumerate(self.names)]
+        return self._listed(self.names)
+
+    def crowd(self, index: int) -> str:
+        """The same, all of them called by one region's word: how many things there are, and where, and which they are here."""
+        return self._listed([self.names[index]] * self.k)
+
+    def _listed(self, names: Sequence[str]) -> str:
+        things = [f"a large {WORDS[name]} {self.place(index)}" for index, name in enumerate(names)]
         return f"{', '.join(things[:-1])} and {things[-1]} {BACKGROUND}" if self.k > 1 else f"{things[0]} {BACKGROUND}"
 
-    def regions(self, loras: dict[str, dict], *, prompts: bool, only: Sequence[int] | None = None) -> Regions:
+    def regions(
+        self,
+        loras: dict[str, dict],
+        *,
+        prompts: Callable[[int], str] | None = None,
+        only: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> Regions:
+        """prompts: what a region reads, by its number; None: the common prompt."""
         made = Regions()
         for index in range(self.k) if only is None else only:
             name = self.names[index]
-            made = made.with_region(Region(name, shapes=(self.boxes[index],), prompt=self.prompt(index) if prompts else ""))
+            made = made.with_region(Region(name, shapes=(self.boxes[index],), prompt=prompts(index) if prompts else ""))
             if name in loras:
-                made = made.with_lora(name, Hung(name, loras[name]))
+                made = made.with_lora(name, Hung(name, loras[name], strength))
         return made
 
     def mask(self, index: int, size: int = SIZE) -> torch.Tensor:
@@ -107,7 +122,7 @@ def composite(loaded, layout, loras):
 
 
 def couple(loaded, layout, loras):
-    model, _ = apply(loaded.model, layout.regions({}, prompts=True), loaded.clip)
+    model, _ = apply(loaded.model, layout.regions({}, prompts=layout.prompt), loaded.clip)
     return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
 
 

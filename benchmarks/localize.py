@@ -48,7 +48,7 @@ from ..ops.regions import Live, Region
 from . import _published, _report
 from ._layouts import STEPS, Layout, composite, couple, encode, hooked, identities, loras_of, sample, stacked
 from ._report import Claim, Figure, mean, ratio, share
-from .regional import ours as masked
+from .regional import common as masked
 
 log = logging.getLogger("concept_nodes.bench")
 FIRST_SEED = 72_000

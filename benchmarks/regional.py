@@ -10,8 +10,9 @@ Quality, on both lab models at 128 pixels: K characters in K cells of a grid, a 
 Arms: base (no LoRA, one prompt that names all), global (all LoRAs everywhere by the stock loader), hook (the host's hook LoRA and mask, a
 pass per region), couple (regional prompts without LoRA), switch (one LoRA a step, in turn; Zhong et al., arXiv 2402.16843), composite (a
 pass per LoRA over the whole picture, averaged; same paper), naive (LoRAs masked on the picture, all of them on every word of one prompt),
-ours (each region reads the one prompt through its own LoRA), apart (ours, but each region reads a prompt that names its character alone),
-and alone (one region at a time).
+apart (each region reads a prompt that names its character alone, through its own LoRA), common (each reads the one prompt), crowd (each
+reads the one prompt with its own character's word for all of them), ours (crowd, at strength 1.2, isolation 3 until half of sampling and
+own_scale 1), and alone (one region at a time, its character named alone, strength 1).
 
 Cost: seconds a step over the plain graph's, on interleaved runs, for K boxes of rank 16 on all attention and feed-forward layers.
 
@@ -114,18 +115,37 @@ def switch(loaded, layout, loras):
 
 
 def naive(loaded, layout, loras):
-    model, _ = apply(loaded.model, layout.regions(loras, prompts=False), loaded.clip, text="all")
+    model, _ = apply(loaded.model, layout.regions(loras), loaded.clip, text="all")
     return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
 
 
-def ours(loaded, layout, loras, only: Sequence[int] | None = None):
-    """Alone, a region names its character alone: a prompt that names all would draw them as ordinary things elsewhere."""
-    model, _ = apply(loaded.model, layout.regions(loras, prompts=only is not None, only=only), loaded.clip)
-    return model, [encode(loaded, layout.whole() if only is None else BACKGROUND)], [encode(loaded, "")]
+def alone(loaded, layout, loras, index: int):
+    """A region names its character alone: a prompt that names all would draw them as ordinary things elsewhere."""
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=layout.prompt, only=[index]), loaded.clip)
+    return model, [encode(loaded, BACKGROUND)], [encode(loaded, "")]
 
 
 def apart(loaded, layout, loras):
-    model, _ = apply(loaded.model, layout.regions(loras, prompts=True), loaded.clip)
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=layout.prompt), loaded.clip)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def common(loaded, layout, loras):
+    model, _ = apply(loaded.model, layout.regions(loras), loaded.clip)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+def crowd(loaded, layout, loras):
+    model, _ = apply(loaded.model, layout.regions(loras, prompts=layout.crowd), loaded.clip)
+    return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
+
+
+STRENGTH, ISOLATION, ISOLATION_END, OWN_SCALE = 1.2, 3.0, 0.5, 1.0
+
+
+def ours(loaded, layout, loras):
+    regions = layout.regions(loras, prompts=layout.crowd, strength=STRENGTH)
+    model, _ = apply(loaded.model, regions, loaded.clip, isolation=ISOLATION, isolation_end=ISOLATION_END, own_scale=OWN_SCALE)
     return model, [encode(loaded, layout.whole())], [encode(loaded, "")]
 
 
@@ -138,6 +158,8 @@ ARMS: dict[str, Callable] = {
     "composite": composite,
     "naive": naive,
     "apart": apart,
+    "common": common,
+    "crowd": crowd,
     "ours": ours,
 }
 
@@ -184,7 +206,7 @@ def _pictures(loaded, loras, k: int, arm: str, turns: Sequence[tuple[int, Sequen
             yield layout, None, sample(loaded, *ARMS[arm](loaded, layout, loras), own)
             continue
         for index in range(k):
-            yield layout, [index], sample(loaded, *ours(loaded, layout, loras, [index]), own[:2])
+            yield layout, [index], sample(loaded, *alone(loaded, layout, loras, index), own[:2])
 
 
 def _figures(kind: str, k: int, told: dict[str, dict[str, list]]) -> dict[str, Figure]:

@@ -21,6 +21,7 @@ from .feature_sites import on_other_weights, skipped, text_sites
 from .features import TEXT, Features, FeaturesError
 from .filter import FilterError, Prompt, Settings, keep_out, matching
 from .localize import ARGMAX, BLOCK, LocalizeEffect, Sought, layers_of
+from .norms import NormEffect, norms_of
 from .places import LivePlace, Place, group
 from .reference import Reader, Reference, ReferenceEffect
 from .sites import JOINT
@@ -253,10 +254,11 @@ def apply(
     isolation_end: float = 1.0,
     prompt: str = "",
     positive: Sequence = (),
+    own_scale: float = 0.0,
 ) -> tuple[Any, list[str]]:
     """A clone of MODEL `patcher` with the regions on it, and report lines. `positive` is the common CONDITIONING and `prompt` its text: for
-    the words that a LoRA acts on where `text` is "span", and for filters and features of regions that read it. Raises RegionsError,
-    AdapterError, FeaturesError, DocumentError and MissingFile.
+    the words that a LoRA acts on where `text` is "span", and for filters and features of regions that read it. own_scale, from 0 to 1: how
+    far group normalisation takes each region by itself. Raises RegionsError, AdapterError, FeaturesError, DocumentError and MissingFile.
     """
     family = family_of(patcher.model)
     document = regions.document
@@ -270,7 +272,7 @@ def apply(
         return Place(drawing.of(index), texts) if finder is None else LivePlace(finder.source, index, texts)
 
     effects: list[Effect] = []
-    lines, places, parts, prompted = [], [], [], 0
+    lines, places, parts, alone, prompted = [], [], [], [], 0
     looks: list[tuple[Reference, torch.Tensor | None, Sequence[tuple[Place, float, float]]]] = []
     for index, region in enumerate(document.regions):
         share = float((drawing.shares(64, 64) if finder is None else drawing.own(64, 64))[index].mean())
@@ -341,6 +343,8 @@ def apply(
             lines.append(f"'{region.name}' ({share:.0%} of the picture): nothing done, it has no prompt, LoRA or reference.")
             continue
         places.append(turns[0][0])
+        # A place of its own, which no text has and which stays through all turns.
+        alone.append((f"'{region.name}': a scale of its own", place_of(index)))
         parts += [place for place, _, _ in turns]
         prompted += bool(_wanted(own))
         much = f"{share:.0%} of the picture" if live is None else "found while sampling" + (f", within {share:.0%}" if share < 1 else "")
@@ -355,6 +359,11 @@ def apply(
     if isolation > 0 and isolation_end > 0 and len(places) > 1:
         effects.append(IsolationEffect(places, isolation, isolation_end))
         lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
+    if own_scale > 0 and norms_of(patcher.model):
+        effects += [NormEffect(name, patcher.model, place, own_scale) for name, place in alone]
+        lines.append(f"Each region is brought to a scale of its own by {own_scale:g} in {len(norms_of(patcher.model))} normalisations.")
+    elif own_scale > 0:
+        lines.append(f"own_scale: nothing done, no layer of {family.name} brings all of the picture to one scale.")
     if finder is not None:
         effects.insert(0, finder)
     patcher = patcher.clone()

@@ -402,6 +402,14 @@ class RegionsApply(io.ComfyNode):
                         "Neutral: empty."
                     ),
                 ),
+                share_input(
+                    "own_scale",
+                    0.0,
+                    "UNets (SD 1.5, SDXL): how far each region is brought to a scale of its own in the layers that bring all of the "
+                    "picture to one (group normalisation). Details come out, and figures stay, where many share a canvas; flat regions "
+                    "may get noise. 0 (neutral): one scale; 1: each its own.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="The model with the regions on it."),
@@ -414,12 +422,14 @@ class RegionsApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None, prompt=""
+        cls, model, positive, negative, regions, text="own", isolation=0.0, isolation_end=0.5, clip=None, prompt="", own_scale=0.0
     ) -> io.NodeOutput:
         check_numbers(isolation, 0.0, 1.0, strength_name="isolation")
         if not 0.0 <= isolation_end <= 1.0:
             raise ValueError(f"isolation_end is {isolation_end}. Set it to a share of sampling from 0 to 1.")
-        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, positive)
+        if not 0.0 <= own_scale <= 1.0:
+            raise ValueError(f"own_scale is {own_scale}. Set it to a number from 0 to 1.")
+        applied, lines = apply(model, regions, clip, text, isolation, isolation_end, prompt, positive, own_scale)
         report = "\n".join(lines)
         return io.NodeOutput(applied, positive, negative, report, ui=ui.PreviewText(report))
 

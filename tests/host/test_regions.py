@@ -15,11 +15,13 @@ import nodes
 from concept_nodes.host import adapters, files, lab, run_record
 from concept_nodes.host.cross import SelfAct
 from concept_nodes.host.dispatcher import attach
+from concept_nodes.host.norms import norms_of
 from concept_nodes.host.places import Place, group
 from concept_nodes.host.regions import Hung, IsolationEffect, Regions, RegionsError
 from concept_nodes.nodes.regions import RegionLoRA, RegionNode, RegionsApply, RegionsToMasks
 from concept_nodes.ops.lora import Stack
 from concept_nodes.ops.masks import Box, Ellipse, Stroke
+from concept_nodes.ops.norms import normalised
 from concept_nodes.ops.regions import Document, DocumentError, LoraFile, Region
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-4}
@@ -235,6 +237,90 @@ class TestIsolation:
     def test_no_call_is_added(self, unet):
         regions = halves(unet, models.lora(unet), models.lora(unet, seed=9))
         assert sampling.count_calls(put(unet, regions, isolation=3.0)) == sampling.count_calls(unet)
+
+
+class TestOwnScale:
+    @pytest.fixture
+    def regions(self, unet):
+        return halves(unet, models.lora(unet), models.lora(unet, seed=9))
+
+    def test_zero_is_the_node_without_it(self, unet, regions):
+        assert torch.equal(models.sample(put(unet, regions, own_scale=0.0)), models.sample(put(unet, regions)))
+
+    def test_where_no_region_does_anything_it_does_nothing(self, unet):
+        idle = Regions().with_region(Region("left", shapes=(Box(0, 0, 0.5, 1),)))
+        assert put(unet, idle, own_scale=1.0) is unet
+
+    def test_one_region_of_all_is_the_region_without_it(self, unet):
+        regions = Regions().with_region(Region("all", shapes=(Box(0, 0, 1, 1),))).with_lora("all", Hung("lora", models.lora(unet)))
+        torch.testing.assert_close(models.sample(put(unet, regions, own_scale=1.0)), models.sample(put(unet, regions)), **CLOSE)
+
+    def test_every_normalisation_gives_what_its_places_own_moments_make(self, unet, regions):
+        """Each is met in one call with what it gets and gives: weight, bias and the regions' shares of its grid."""
+        seen = {}
+        model = put(unet, regions, own_scale=1.0)
+        norms = {name: unet.model.get_submodule(name) for name in norms_of(unet.model)}
+
+        def watch(executor, *args, **kwargs):
+            forwards = {name: norm.forward for name, norm in norms.items()}
+            for name, norm in norms.items():
+
+                def forward(x, _name=name, _inner=forwards[name]):
+                    out = _inner(x)
+                    seen.setdefault(_name, (x.clone(), out.clone()))
+                    return out
+
+                norm.forward = forward
+            try:
+                return executor(*args, **kwargs)
+            finally:
+                for name, norm in norms.items():
+                    norm.forward = forwards[name]
+
+        models.sample(sampling.wrapped(model, WrappersMP.DIFFUSION_MODEL, watch))
+        assert len(seen) == len(norms) > 10
+        for name, (x, out) in seen.items():
+            norm, (height, width) = norms[name], x.shape[2:]
+            left = torch.nn.functional.interpolate(LEFT[None, None], (height, width), mode="area").flatten()
+            rows = torch.stack([left, 1 - left])[:, None]
+            alone = normalised(x, rows, torch.ones(2), norm.num_groups, norm.eps)
+            expected = alone * norm.weight[:, None, None] + norm.bias[:, None, None]
+            torch.testing.assert_close(out, expected, **CLOSE)
+            if width > 1:
+                assert not torch.allclose(out, norm(x), atol=1e-3), name
+
+    def test_two_lists_in_a_row_add_up_whatever_their_order(self, unet, regions):
+        other = Regions().with_region(Region("low", shapes=(Box(0, 0.5, 1, 0.5),))).with_lora("low", Hung("c", models.lora(unet, seed=4)))
+        first, second = (
+            models.sample(put(put(unet, one, own_scale=1.0), two, own_scale=0.5 if two is other else 1.0))
+            if one is regions
+            else models.sample(put(put(unet, one, own_scale=0.5), two, own_scale=1.0))
+            for one, two in ((regions, other), (other, regions))
+        )
+        torch.testing.assert_close(first, second, **CLOSE)
+
+    def test_areas_and_batches_run(self, unet, regions):
+        placed = put(unet, regions, own_scale=1.0)
+        areas = drawn(placed, TestAreas().entries(unet), models.conditioning(unet, 20))
+        assert areas.isfinite().all() and "normalisations" not in told(areas)
+        assert models.sample(placed, batch=2).isfinite().all()
+
+    def test_no_call_is_added_and_the_modules_are_as_they_were(self, unet, regions):
+        before = {name: unet.model.get_submodule(name).forward for name in norms_of(unet.model)}
+        assert sampling.count_calls(put(unet, regions, own_scale=1.0)) == sampling.count_calls(unet)
+        assert before == {name: unet.model.get_submodule(name).forward for name in before}
+
+    def test_a_family_without_such_layers_is_told_so(self):
+        flux = models.build("flux")
+        regions = halves(flux, models.lora(flux), models.lora(flux, seed=9))
+        output = RegionsApply.execute(flux, [], [], regions, own_scale=1.0).result
+        assert "own_scale: nothing done, no layer of Flux" in output[3]
+        assert torch.equal(models.sample(output[0]), models.sample(put(flux, regions)))
+
+    @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
+    def test_out_of_range(self, unet, regions, value):
+        with pytest.raises(ValueError, match="own_scale is .*from 0 to 1"):
+            put(unet, regions, own_scale=value)
 
 
 def test_two_lists_in_a_row_add_up_whatever_their_order(unet):
