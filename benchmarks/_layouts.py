@@ -64,12 +64,14 @@ class Layout:
         prompts: Callable[[int], str] | None = None,
         only: Sequence[int] | None = None,
         strength: float = 1.0,
+        inset: float = 0.0,
     ) -> Regions:
-        """prompts: what a region reads, by its number; None: the common prompt."""
+        """prompts: what a region reads, by its number; None: the common prompt. inset: how far a region stays inside of its cell."""
         made = Regions()
         for index in range(self.k) if only is None else only:
-            name = self.names[index]
-            made = made.with_region(Region(name, shapes=(self.boxes[index],), prompt=prompts(index) if prompts else ""))
+            name, cell = self.names[index], self.boxes[index]
+            box = Box(cell.x + inset, cell.y + inset, cell.width - 2 * inset, cell.height - 2 * inset)
+            made = made.with_region(Region(name, shapes=(box,), prompt=prompts(index) if prompts else ""))
             if name in loras:
                 made = made.with_lora(name, Hung(name, loras[name], strength))
         return made
