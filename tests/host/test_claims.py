@@ -9,6 +9,7 @@ from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import localize as of_localize
 from concept_nodes.benchmarks import maps as of_maps
 from concept_nodes.benchmarks import reattention as of_reattention
+from concept_nodes.benchmarks import regional as of_regional
 from concept_nodes.benchmarks import residual as of_residual
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks import steer as of_steering
@@ -51,6 +52,15 @@ def test_figures_of_the_sliders_are_over_many_seeds():
 
 def test_moving_a_strength_costs_nothing():
     assert figures()["unet_repatch_count"].value == 0
+
+
+def test_readme_tells_of_six_characters_what_was_measured():
+    result, told = json.loads((RESULTS / "regional.json").read_text(encoding="utf-8")), README.read_text(encoding="utf-8")
+    for key in ("identity", "leakage", "seam"):
+        figure = Figure(**result["figures"][f"unet_{key}_k6"])
+        line = shown(key, figure)
+        assert (line if of_regional.CLAIMS[f"unet_{key}_k6"].met(figure) else f"**{line}**") in told
+        assert figure.n >= 24
 
 
 def test_the_filters_page_tells_what_was_measured():
