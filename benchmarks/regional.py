@@ -29,7 +29,7 @@ With --size sdxl or flux, on a GPU, only this, for a model of the published size
     PRECISION_memory_k8          peak memory over the plain graph's, in sizes of the eight adapters
 
 `--again PART ...` measures some of PARTS anew and keeps the others' committed figures; where none are committed, it begins them. unet6 and
-dit6 are what is claimed: base, global, ours and alone at K = 6. The others' pictures are fewer (`few`). unet6 took 4 to 6 minutes of a core,
+dit6 are what is claimed: base, global, ours and alone at K = 6. The others' pictures are fewer (`few`). unet6 took 4 to 6 core minutes,
 at 1 s a picture of base to 2 or 3 s of ours; the DiT's regions take three times as long. Each row tells its arm's seconds a picture.
 """
 
