@@ -143,3 +143,39 @@ def run(
         return check(name, figures)
     write(name, time.monotonic() - began, figures, arms)
     return judge(figures, claims or {})
+
+
+def in_parts(
+    name: str,
+    argv: list[str],
+    measure: Callable[[bool, Sequence[str]], tuple[dict[str, Figure], list[dict]]],
+    parts: Sequence[str],
+    claims: dict[str, Claim],
+    *,
+    part_of: Callable[[dict], str] = lambda row: row["part"],
+    derived: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+) -> int:
+    """A benchmark's command line, for one that is measured part by part: each is written when it is done, so that a run that is broken off
+    keeps what it has, and `--again PART ...` measures some of them anew.
+
+    measure takes (a sample?, parts); a row is marked with its part unless it says one itself, which part_of reads; derived makes figures of
+    the rows of several parts.
+    """
+    parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--again", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}")
+    options = parser.parse_args(argv)
+    if options.check:
+        return check(name, measure(True, options.again)[0])
+    path, own, figures = RESULTS / f"{name}.json", commit(), {}
+    for part in options.again:
+        began = time.monotonic()
+        found, rows = measure(False, [part])
+        done = {part: {"commit": own, "seconds": round(time.monotonic() - began, 1)}}
+        committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": []}
+        figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | found
+        rows = [row for row in committed["arms"] if part_of(row) != part] + [{"part": part} | row for row in rows]
+        figures |= derived(rows)
+        done = committed.get("parts", {}) | done
+        write(name, sum(one["seconds"] for one in done.values()), figures, rows, {"commit": own, "parts": done})
+    return judge(figures, claims)

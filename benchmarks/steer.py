@@ -32,11 +32,8 @@ ours, ours free (no gate), ours model, ours both.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -552,7 +549,7 @@ def calls_ratio(shipped: Shipped) -> Figure:
 # --- the whole --------------------------------------------------------------------------------------------------------------------
 
 
-def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     host_lab.show_files()
     figures: dict[str, Figure] = {}
@@ -583,8 +580,10 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
     return figures, rows
 
 
-def above_random(rows: Sequence[dict]) -> Figure:
+def above_random(rows: Sequence[dict]) -> dict[str, Figure]:
     """Concepts in which ours takes out more than random latents, and adds more at the greatest strength."""
+    if not {"erase", "dose"} <= set(map(part_of, rows)):
+        return {}
 
     found = {(row["part"], row["arm"], row["concept"]): row for row in rows if row.get("model") == "unet"}
 
@@ -596,34 +595,11 @@ def above_random(rows: Sequence[dict]) -> Figure:
         and value("dose", "ours", one, "amount")[-1] > value("dose", "random", one, "amount")[-1]
         for one in CONCEPTS
     ]
-    return Figure(*[float(sum(above))] * 3, len(above))
+    return {"concepts_above_random": Figure(*[float(sum(above))] * 3, len(above))}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench steer", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=PARTS, default=PARTS)
-    options, others = parser.parse_known_args(argv)
-    if "--check" in others:
-        return _report.run("steer", others, _measure, CLAIMS)
-    commit, figures = _report.commit(), {}
-    for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
-        began = time.monotonic()
-        found, rows = _measure(False, [part])
-        figures = merge(part, {"commit": commit, "seconds": round(time.monotonic() - began, 1)}, found, rows)
-    return _report.judge(figures, CLAIMS)
-
-
-def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
-    path = _report.RESULTS / "steer.json"
-    committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
-    figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | figures
-    rows = [row for row in committed["arms"] if part_of(row) != part] + rows
-    if {"erase", "dose"} <= set(map(part_of, rows)):
-        figures["concepts_above_random"] = above_random(rows)
-    parts = committed["parts"] | {part: run}
-    _report.write("steer", sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})
-    return figures
+    return _report.in_parts("steer", argv, _measure, PARTS, CLAIMS, part_of=part_of, derived=above_random)
 
 
 def part_of(row: dict) -> str:

@@ -53,7 +53,7 @@ def _among(codes: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def own_share(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """(m,) 0 to 1 from mean codes (m,) with the concept and without: how much of what a latent does with it is the concept's doing. A latent
+    """(m,) 0 to 1 from mean codes (m,) with the concept and without: how much of what a latent does with it is the concept's doing. One
     that is as busy without it has other things to do, and steering it by its whole length would undo those.
     """
     return ((positive - negative) / positive.clamp_min(torch.finfo(positive.dtype).tiny)).clamp(0.0, 1.0)
