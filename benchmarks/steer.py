@@ -603,10 +603,9 @@ def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], lis
 
 def above_random(rows: Sequence[dict]) -> dict[str, Figure]:
     """Concepts in which ours takes out more than random latents, and adds more at the greatest strength."""
-    if not {"erase", "dose"} <= set(map(part_of, rows)):
-        return {}
-
     found = {(row["part"], row["arm"], row["concept"]): row for row in rows if row.get("model") == "unet"}
+    if not {(part, "random", concept) for part in ("erase", "dose") for concept in CONCEPTS} <= set(found):
+        return {}
 
     def value(part: str, arm: str, concept: str, key: str):
         return found[part, arm, concept][key]
