@@ -72,10 +72,10 @@ SIZE, STEPS, CFG, SEED = 64, 12, 4.0, 61_000
 LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
-DOSES = tuple(step / 8 for step in range(9))  # of FULL
-FULL = {"fill": 2.0}  # the strength of add at which a concept is drawn in full, by attribute; 1 where nothing is said
+DOSES = tuple(step / 8 for step in range(9))  # of the full strength
+FULL, TRIED = 0.9, tuple(0.25 * step for step in range(1, 9))  # share of other texts' pictures that hold a concept at its full strength
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
-GATED, DOSED = 50, 10  # texts a concept: at the gate; of a dose
+GATED, DOSED, TRIALS = 50, 10, 8  # texts a concept: at the gate; of a dose; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -365,13 +365,21 @@ class Dose(NamedTuple):
         return torch.where(distances <= x[-1], y[at - 1] + part * (y[at] - y[at - 1]), torch.nan)
 
 
-def strengths_of(concept: str) -> list[float]:
-    return [FULL.get(CONCEPTS[concept], 1.0) * part for part in DOSES]
+def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
+    """The least of TRIED at which all but a tenth of some other texts' pictures hold the concept, or the greatest. Beyond it there is no
+    more to come, and what is told of pictures is noise.
+    """
+    texts = open_captions(concept, TRIALS, SEED + 3)
+    for strength in TRIED:
+        readings = shipped.eye.read(draw(shipped, steers(strength), texts, SEED + 3000))
+        if sum(holds(concept, one) for one in readings) >= FULL * len(texts):
+            return strength
+    return TRIED[-1]
 
 
-def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor) -> Dose:
-    """zero: the texts' pictures at strength 0."""
-    pictures = [draw(shipped, steers(strength), texts, SEED + 2000) if strength else zero for strength in strengths_of(concept)]
+def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor, full: float) -> Dose:
+    """At DOSES of the full strength. zero: the texts' pictures at strength 0."""
+    pictures = [draw(shipped, steers(full * part), texts, SEED + 2000) if part else zero for part in DOSES]
     readings = [shipped.eye.read(one) for one in pictures]
     return Dose(
         torch.tensor([[amount(concept, one) for one in many] for many in readings], dtype=torch.float64).T,
@@ -407,12 +415,13 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
             for arm, found in {"ours model": own[LATENTS], "dense model": own[DENSE]}.items():
                 steers[arm] = lambda strength, found=found: in_model(shipped, found, strength, ADD)
         texts = open_captions(concept, n, SEED + 2)
-        zero = draw(shipped, plain(shipped), texts, SEED + 2000)
+        zero, fulls = draw(shipped, plain(shipped), texts, SEED + 2000), {}
         for arm, steer in steers.items():
-            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts, zero)
+            full = fulls["ours"] if arm == "random" else fulls.setdefault(arm, full_strength(shipped, concept, steer))
+            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts, zero, full)
             rows.append(
                 {
-                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": n,
+                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": n, "full": full,
                     "seeds": len(told.told), "spearman": round(float(spearman(told.told).mean()), 4),
                     "span": round(float(_rulers.span(concept, told.told).mean()), 4),
                     "told": [round(value, 3) for value in told.told.mean(0).tolist()],
