@@ -32,6 +32,7 @@ ours, ours free (no gate), ours model, ours both.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(step / 8 for step in range(9))  # of the full strength
 FULL, TRIED = 0.9, tuple(0.25 * step for step in range(1, 9))  # share of other texts' pictures that hold a concept at its full strength
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
-GATED, DOSED, TRIALS = 50, 10, 8  # texts a concept: at the gate; of a dose; that its full strength is found on
+GATED, DOSED, TRIALS = 50, 10, 10  # texts a concept: at the gate; of ours in doses; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -355,6 +356,9 @@ class Dose(NamedTuple):
     valid: torch.Tensor
     told: torch.Tensor
 
+    def first(self, n: int) -> Dose:
+        return self._replace(amount=self.amount[:n], distance=self.distance[:n], valid=self.valid[:n])
+
     def at(self, distances: torch.Tensor) -> torch.Tensor:
         """Mean log-odds at distances (K,), along the strengths from 0 up, by straight lines; NaN beyond the greatest."""
         zero = DOSES.index(0.0)
@@ -366,15 +370,16 @@ class Dose(NamedTuple):
 
 
 def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
-    """The least of TRIED at which all but a tenth of some other texts' pictures hold the concept, or the greatest. Beyond it there is no
-    more to come, and what is told of pictures is noise.
+    """The least of TRIED at which all but a tenth of some other texts' pictures hold the concept, or the greatest; found by halving, as if
+    more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
     """
     texts = open_captions(concept, TRIALS, SEED + 3)
-    for strength in TRIED:
+
+    def full(strength: float) -> bool:
         readings = shipped.eye.read(draw(shipped, steers(strength), texts, SEED + 3000))
-        if sum(holds(concept, one) for one in readings) >= FULL * len(texts):
-            return strength
-    return TRIED[-1]
+        return sum(holds(concept, one) for one in readings) >= FULL * len(texts)
+
+    return TRIED[min(bisect.bisect_left(TRIED, True, key=full), len(TRIED) - 1)]
 
 
 def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor, full: float) -> Dose:
@@ -418,10 +423,11 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
         zero, fulls = draw(shipped, plain(shipped), texts, SEED + 2000), {}
         for arm, steer in steers.items():
             full = fulls["ours"] if arm == "random" else fulls.setdefault(arm, full_strength(shipped, concept, steer))
-            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts, zero, full)
+            some = n if arm == "ours" else min(n, FEW)
+            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts[:some], zero[:some], full)
             rows.append(
                 {
-                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": n, "full": full,
+                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": some, "full": full,
                     "seeds": len(told.told), "spearman": round(float(spearman(told.told).mean()), 4),
                     "span": round(float(_rulers.span(concept, told.told).mean()), 4),
                     "told": [round(value, 3) for value in told.told.mean(0).tolist()],
@@ -452,7 +458,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
     if not sample:
         figures["model_spearman"] = ranked("ours model")
         figures["dense_spearman"] = ranked("dense")
-        leads = {concept: lead(dosed["ours"][concept], dosed["dense"][concept]) for concept in concepts}
+        leads = {concept: lead(dosed["ours"][concept].first(FEW), dosed["dense"][concept]) for concept in concepts}
         for row in rows:
             if row["arm"] == "ours":
                 row["lead"] = [round(value, 3) for value in leads[row["concept"]][:3]]
