@@ -156,7 +156,8 @@ def run_parts(
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
 ) -> int:
     """The command line of a benchmark in parts: `--again` measures some of them anew and leaves the others' committed figures, `--check` a
-    sample of those that are committed. part_of: the part that a row is of. joint: figures that are of several parts' rows.
+    sample of those that are committed. Rows are marked with their part unless they say one themselves. part_of: the part that a row is
+    of. joint: figures that are of several parts' rows.
     """
     parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
     parser.add_argument("--check", action="store_true")
@@ -190,7 +191,7 @@ def merge(
 ) -> dict[str, Figure]:
     """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
     others = committed(name)
-    rows = [row for row in others["arms"] if part_of(row) != part] + rows
+    rows = [row for row in others["arms"] if part_of(row) != part] + [{"part": part} | row for row in rows]
     figures = {key: Figure(**figure) for key, figure in others["figures"].items()} | figures | joint(rows)
     parts = others["parts"] | {part: run}
     write(name, sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})

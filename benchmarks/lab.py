@@ -2,11 +2,14 @@
 
 Every row draws new scenes' complete captions through the host's sampler at 128 pixels (other wordings: 64): 20 Euler steps, CFG 4. The
 first eye reads; the second one says whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
+
+`--again PART ...` measures some of PARTS anew and keeps the others' committed figures.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -22,6 +25,9 @@ log = logging.getLogger("concept_nodes.bench")
 SIZE, WORDING_SIZE = 128, 64
 N, SAMPLE, MANY = 512, 64, 128  # pictures a row; in a check; with four objects and more, for which nothing is claimed
 SEED = 7000
+COUNTS = {"1": (1,), "2": (2,), "3": (3,), "more": (4, 5, 6)}
+WORDINGS = "wordings"
+PARTS = ("eyes", *(f"{model}-{what}" for model in host_lab.MODELS for what in (*COUNTS, WORDINGS)))
 ONE = {"background": "background", "color": "colours", "shape": "shapes", "size": "size", "place": "place", "valid": "valid"}
 CLAIMS = {
     "unet_background1": Claim(low=0.99),
@@ -88,27 +94,37 @@ def _auroc(good: torch.Tensor, bad: torch.Tensor, resamples: int = 200) -> Figur
     return Figure(judge.auroc(good, bad), low, high, len(good) + len(bad))
 
 
-def measure_model(name: str, eyes: dict[str, Eye], n: int, most: int) -> tuple[dict[str, Figure], list[dict], dict[str, list[bool]]]:
-    """Figures and rows of one model for one to `most` objects, and where the two eyes' verdicts on one-object pictures are the same."""
+def measure_model(name: str, eyes: dict[str, Eye], n: int, counts: Sequence[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """Figures and rows of one model for so many objects a picture; with one, also in how many pictures the two eyes say the same."""
     model = host_lab.load(name)
-    figures, arms, same = {}, [], {}
-    for objects in range(1, most + 1):
+    figures, arms = {}, []
+    for objects in counts:
         n = n if objects < 4 else min(n, MANY)
         asked = ask(n, objects=objects, size=SIZE, seed=SEED + objects)
         pictures = draw(model, list(asked), size=SIZE, seed=SEED)
-        right = hits(asked, eyes["eye"].read(pictures))
+        seen = eyes["eye"].read(pictures)
+        right, told = hits(asked, seen), faults(asked, seen)
         row = {key: share(values) for key, values in right.items()}
+        arm = {"model": name, "objects": objects, "n": n} | {key: round(figure.value, 4) for key, figure in row.items()}
         if objects == 1:
             figures |= {f"{name}_{theirs}1": row[ours] for theirs, ours in ONE.items()}
             other = hits(asked, eyes["eye2"].read(pictures))
-            same = {key: [a == b for a, b in zip(right[key], other[key], strict=True)] for key in ONE.values()}
+            arm["same"] = {key: sum(a == b for a, b in zip(right[key], other[key], strict=True)) for key in ONE.values()}
         else:
             figures[f"{name}_bind{objects}"] = row["bind"]
-        arm = {"model": name, "objects": objects, "n": n} | {key: round(figure.value, 4) for key, figure in row.items()}
-        told = faults(asked, eyes["eye"].read(pictures))
         arms.append(arm | {"faults": {fault: round(sum(told[fault]) / n, 4) for fault in FAULTS}})
         log.info("%s", arms[-1])
-    return figures, arms, same
+    return figures, arms
+
+
+def agreement(rows: list[dict]) -> dict[str, Figure]:
+    """In what share of all models' one-object pictures the two eyes say the same, for the attribute in which that is rarest."""
+    told = [row for row in rows if "same" in row]
+    if len(told) < len(host_lab.MODELS):
+        return {}
+    total = sum(row["n"] for row in told)
+    same = {key: sum(row["same"][key] for row in told) for key in ONE.values()}
+    return {"eyes_agree": lowest({key: share([True] * alike + [False] * (total - alike)) for key, alike in same.items()})}
 
 
 def measure_wordings(name: str, eye: Eye, n: int) -> tuple[dict[str, Figure], list[dict]]:
@@ -126,24 +142,26 @@ def measure_wordings(name: str, eye: Eye, n: int) -> tuple[dict[str, Figure], li
     return {f"{name}_{way}": _report.ratio(drawn[way], drawn["plain"]) for way in WAYS[1:]}, arms
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     n = SAMPLE if sample else N
     eyes = {name: Eye.load(name) for name in NETS}
+    figures: dict[str, Figure] = {}
+    rows: list[dict] = []
     with torch.inference_mode():
-        figures, arms = measure_eyes(500 if sample else 4000)
-        agreed: dict[str, list[bool]] = {}
-        for name in host_lab.MODELS:
-            found, rows, same = measure_model(name, eyes, n, most=2 if sample else 6)
-            figures, arms = figures | found, arms + rows
-            for key, values in same.items():
-                agreed.setdefault(key, []).extend(values)
-            if not sample:
-                found, rows = measure_wordings(name, eyes["eye"], 510)
-                figures, arms = figures | found, arms + rows
-    figures["eyes_agree"] = lowest({key: share(values) for key, values in agreed.items()})
-    return figures, arms
+        for part in parts:
+            name, _, what = part.partition("-")
+            if part == "eyes":
+                found, own = measure_eyes(500 if sample else 4000)
+            elif sample and what not in ("1", "2"):
+                continue
+            elif what == WORDINGS:
+                found, own = measure_wordings(name, eyes["eye"], 510)
+            else:
+                found, own = measure_model(name, eyes, n, COUNTS[what])
+            figures, rows = figures | found, rows + own
+    return figures | agreement(rows), rows
 
 
 def main(argv: list[str]) -> int:
-    return _report.run("lab", argv, _measure, CLAIMS)
+    return _report.run_parts("lab", argv, PARTS, _measure, CLAIMS, joint=agreement)

@@ -3,23 +3,23 @@
 The lab's models at 64 pixels, 12 Euler steps, CFG 4, and what ships for them: an autoencoder of the text encoder and one of each model, and
 twelve concepts found in them. The eye says what is drawn.
 
-    erase_rate        pictures that hold the concept that was asked for, ours on the text (mean over the concepts)
-    erase_worst       the same for the worst concept
-    erase_power       the same unsteered
+    erase_rate_max    pictures that hold the concept that was asked for, ours on the text, the worst concept; erase_rate: of all
+    erase_power_min   the same unsteered, the worst concept; erase_power: of all
     model_erase_rate  ours inside the model; both_erase_rate: on the text and inside the model
     rest_kept         pictures whose other attributes are all right, ours on the text over unsteered
-    retain_drop       texts without the concept: attributes right, unsteered less ours on the text, gate 1
+    retain_drop_max   texts without the concept: attributes right, unsteered less ours on the text, gate 1, the worst concept
     free_retain_drop  the same without a gate; model_retain_drop: ours inside the model, which has none
     gate_identical    texts without the concept whose encoding stays bit for bit as it was, gate 1
     gate_passed       texts with the concept that the gate lets through to be steered
-    spearman          rank correlation of strength and the concept's log-odds over nine strengths of add, text
-    span              how far the log-odds go between the outermost strengths, of their range
+    spearman_min      rank correlation of strength and how much of the concept there is (_rulers), mean over seeds, over nine strengths of
+                      add on the text, the worst concept; spearman: of all
+    span_min          how far that goes between the outermost strengths, of its range, the worst concept
     dose_validity     valid pictures at strength 0 less those at the worst strength, text
     model_spearman    rank correlation inside the model
     concepts_above_random      concepts in which ours erases and adds more than random latents of equal length
     concepts_level_with_dense  concepts in which adding ours brings as much as the dense direction at equal distance of the pictures
-    fvu, alive, loss_recovered the worst of the three autoencoders, on captions and pictures that they were not trained on
-    train_seconds     the longest of their trainings
+    fvu_max, alive_min, loss_recovered  the worst of the three autoencoders, on captions and pictures that they were not trained on
+    train_seconds_max the longest of their trainings
     step_ratio_add    seconds a step over the plain model's, add inside a UNet of Stable Diffusion 1.5's width
     text_calls_ratio  model calls with Steer Text over those without
 
@@ -32,6 +32,7 @@ ours, ours free (no gate), ours model, ours both.
 
 from __future__ import annotations
 
+import bisect
 import logging
 import random
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ from ..nodes._shared import NONE
 from ..nodes.steering import PLAIN, SteerModel, SteerText
 from ..ops.sae_training import measure as measure_rows
 from ..ops.steering import ABLATE, ADD
-from . import _report
+from . import _report, _rulers
 from ._report import Claim, Figure, mean, ratio, share
 from ._steering import Steerers, course_of, shuffled, with_saeuron
 from .regional import Graph, _middle, random_context, ratios, wide_model
@@ -72,22 +73,26 @@ SIZE, STEPS, CFG, SEED = 64, 12, 4.0, 61_000
 LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
-DOSES = tuple(0.25 * step for step in range(9))
-N, FEW, SAMPLE = 12, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
+DOSES = tuple(step / 8 for step in range(9))  # of the full strength
+FULL, TRIED = 0.9, tuple(0.25 * step for step in range(1, 9))  # share of other texts' pictures that hold a concept at its full strength
+N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
+GATED, DOSED, TRIALS = 50, 10, 10  # texts a concept: at the gate; of ours in doses; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
 CLAIMS = {
-    "erase_rate": Claim(high=0.05),
-    "erase_power": Claim(low=0.90),
-    "retain_drop": Claim(high=0.02),
+    "erase_rate_max": Claim(high=0.05),
+    "erase_power_min": Claim(low=0.90),
+    "retain_drop_max": Claim(high=0.02),
     "gate_identical": Claim(low=1.0),
-    "spearman": Claim(low=0.9),
+    "spearman_min": Claim(low=0.9),
+    "span_min": Claim(low=0.5),
+    "dose_validity": Claim(high=0.03),
     "concepts_above_random": Claim(low=12),
     "concepts_level_with_dense": Claim(low=9),
-    "train_seconds": Claim(high=180),
-    "fvu": Claim(high=0.15),
-    "alive": Claim(low=0.80),
+    "train_seconds_max": Claim(high=180),
+    "fvu_max": Claim(high=0.15),
+    "alive_min": Claim(low=0.80),
     "loss_recovered": Claim(low=0.95),
     "step_ratio_add": Claim(high=1.02),
     "text_calls_ratio": Claim(1.0, 1.0),
@@ -100,12 +105,14 @@ class Shipped(NamedTuple):
     kind: str
     loaded: host_lab.LabModel
     eye: Eye
+    second: Eye
     text: sae_files.SAEFile
     own: sae_files.SAEFile
 
     @classmethod
     def load(cls, kind: str) -> Shipped:
-        return cls(kind, host_lab.load(kind), Eye.load(), *(sae_files.read(sae_path(name)) for name in (TEXT, kind)))
+        eyes = Eye.load(), Eye.load("eye2")
+        return cls(kind, host_lab.load(kind), *eyes, *(sae_files.read(sae_path(name)) for name in (TEXT, kind)))
 
     def features(self, concept: str, way: str = LATENTS, where: str = TEXT) -> Features:
         return host_features.read(features_path(where, concept, way))
@@ -225,6 +232,7 @@ def ways(shipped: Shipped, concept: str, few: bool) -> dict[str, Way]:
     }
 
 
+CLAIMED = ("none", "ours", "ours model", "ours free")
 RETAINED = ("none", "filter", "steerers", "SAeUron mended", "ours", "ours free", "ours model")  # asked for without the concept, too
 
 
@@ -287,7 +295,7 @@ def measure_erasing(shipped: Shipped, cases: Cases, sample: bool, prefix: str = 
     concepts = cases.concepts
     for concept in concepts:
         for arm, way in ways(shipped, concept, sample).items():
-            n, others = cases.n if arm.startswith(("none", "ours")) else cases.few, cases.others if arm in RETAINED else 0
+            n, others = cases.n if arm in CLAIMED else cases.few, cases.others if arm in RETAINED else 0
             one = tell(shipped, way, concept, n, others)
             told.setdefault(arm, {})[concept] = one
             rows.append({"part": "erase", "model": shipped.kind, "concept": concept, "arm": arm, "n": len(one.held), **one.row()})
@@ -296,25 +304,27 @@ def measure_erasing(shipped: Shipped, cases: Cases, sample: bool, prefix: str = 
     def rates(arm: str) -> Figure:
         return share([held for one in told[arm].values() for held in one.held])
 
-    def drops(arm: str) -> Figure:
-        return mean([a - b for concept in concepts for a, b in zip(told["none"][concept].right, told[arm][concept].right, strict=True)])
+    def drop(arm: str, of: Sequence[str] = concepts) -> Figure:
+        return mean([a - b for concept in of for a, b in zip(told["none"][concept].right, told[arm][concept].right, strict=True)])
 
     def flat(arm: str, key: str) -> list:
         return [value for one in told[arm].values() for value in getattr(one, key)]
 
-    worst = max(concepts, key=lambda concept: share(told["ours"][concept].held).value)
+    held = {arm: [share(one.held) for one in told[arm].values()] for arm in ("none", "ours")}
     figures = {
         "erase_rate": rates("ours"),
-        "erase_worst": share(told["ours"][worst].held),
+        "erase_rate_max": max(held["ours"]),
         "erase_power": rates("none"),
+        "erase_power_min": min(held["none"]),
         "model_erase_rate": rates("ours model"),
         "both_erase_rate": rates("ours both"),
         "rest_kept": ratio(flat("ours", "rest"), flat("none", "rest")),
-        "retain_drop": drops("ours"),
-        "model_retain_drop": drops("ours model"),
+        "retain_drop": drop("ours"),
+        "retain_drop_max": max(drop("ours", [concept]) for concept in concepts),
+        "model_retain_drop": drop("ours model"),
     }
     if "ours free" in told:
-        figures["free_retain_drop"] = drops("ours free")
+        figures["free_retain_drop"] = drop("ours free")
     return {prefix + key: figure for key, figure in figures.items()}, rows
 
 
@@ -337,13 +347,17 @@ def measure_gate(shipped: Shipped, n: int) -> tuple[dict[str, Figure], list[dict
 
 
 class Dose(NamedTuple):
-    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity. Past SURE
-    log-odds are all one but for their rank.
+    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity; and of n
+    of them how much of the concept there is by its ruler. Past SURE log-odds are all one.
     """
 
     amount: torch.Tensor
     distance: torch.Tensor
     valid: torch.Tensor
+    told: torch.Tensor
+
+    def first(self, n: int) -> Dose:
+        return self._replace(amount=self.amount[:n], distance=self.distance[:n], valid=self.valid[:n])
 
     def at(self, distances: torch.Tensor) -> torch.Tensor:
         """Mean log-odds at distances (K,), along the strengths from 0 up, by straight lines; NaN beyond the greatest."""
@@ -355,14 +369,28 @@ class Dose(NamedTuple):
         return torch.where(distances <= x[-1], y[at - 1] + part * (y[at] - y[at - 1]), torch.nan)
 
 
-def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor) -> Dose:
-    """zero: the texts' pictures at strength 0."""
-    pictures = [draw(shipped, steers(strength), texts, SEED + 2000) if strength else zero for strength in DOSES]
+def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
+    """The least of TRIED at which all but a tenth of some other texts' pictures hold the concept, or the greatest; found by halving, as if
+    more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
+    """
+    texts = open_captions(concept, TRIALS, SEED + 3)
+
+    def full(strength: float) -> bool:
+        readings = shipped.eye.read(draw(shipped, steers(strength), texts, SEED + 3000))
+        return sum(holds(concept, one) for one in readings) >= FULL * len(texts)
+
+    return TRIED[min(bisect.bisect_left(TRIED, True, key=full), len(TRIED) - 1)]
+
+
+def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor, full: float) -> Dose:
+    """At DOSES of the full strength. zero: the texts' pictures at strength 0."""
+    pictures = [draw(shipped, steers(full * part), texts, SEED + 2000) if part else zero for part in DOSES]
     readings = [shipped.eye.read(one) for one in pictures]
     return Dose(
         torch.tensor([[amount(concept, one) for one in many] for many in readings], dtype=torch.float64).T,
         torch.stack([(one - zero).abs().flatten(1).mean(1) for one in pictures], 1).double(),
         torch.tensor([[one.valid > 0.5 for one in many] for many in readings]).T,
+        _rulers.amounts(concept, torch.stack(pictures), (shipped.eye, shipped.second)),
     )
 
 
@@ -371,7 +399,7 @@ def lead(ours: Dose, dense: Dose, resamples: int = 500) -> Figure:
     zero, generator, found = DOSES.index(0.0), torch.Generator().manual_seed(0), []
     for number in range(resamples + 1):
         rows = torch.arange(len(ours.amount)) if not number else torch.randint(len(ours.amount), (len(ours.amount),), generator=generator)
-        a, b = (Dose(*(part[rows] for part in one)) for one in (ours, dense))
+        a, b = (one._replace(amount=one.amount[rows], distance=one.distance[rows]) for one in (ours, dense))
         most = min(float(one.distance[:, zero:].mean(0).max()) for one in (a, b))
         distances = torch.linspace(0, most, 17, dtype=torch.float64)[1:]
         found.append(float((a.at(distances) - b.at(distances)).nanmean()))
@@ -392,13 +420,17 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
             for arm, found in {"ours model": own[LATENTS], "dense model": own[DENSE]}.items():
                 steers[arm] = lambda strength, found=found: in_model(shipped, found, strength, ADD)
         texts = open_captions(concept, n, SEED + 2)
-        zero = draw(shipped, plain(shipped), texts, SEED + 2000)
+        zero, fulls = draw(shipped, plain(shipped), texts, SEED + 2000), {}
         for arm, steer in steers.items():
-            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts, zero)
+            full = fulls["ours"] if arm == "random" else fulls.setdefault(arm, full_strength(shipped, concept, steer))
+            some = n if arm == "ours" else min(n, FEW)
+            told = dosed.setdefault(arm, {})[concept] = dose(shipped, concept, steer, texts[:some], zero[:some], full)
             rows.append(
                 {
-                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": n,
-                    "spearman": round(float(spearman(told.amount).mean()), 4),
+                    "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": some, "full": full,
+                    "seeds": len(told.told), "spearman": round(float(spearman(told.told).mean()), 4),
+                    "span": round(float(_rulers.span(concept, told.told).mean()), 4),
+                    "told": [round(value, 3) for value in told.told.mean(0).tolist()],
                     "amount": [round(value, 3) for value in told.amount.clamp(-SURE, SURE).mean(0).tolist()],
                     "distance": [round(value, 4) for value in told.distance.mean(0).tolist()],
                     "valid": [round(value, 4) for value in told.valid.double().mean(0).tolist()],
@@ -406,8 +438,11 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
             )  # fmt: skip
             log.info("%s", rows[-1])
 
-    def of(arm: str, make: Callable[[Dose], torch.Tensor]) -> Figure:
-        return mean(torch.cat([make(one).double() for one in dosed[arm].values()]))
+    def ranks(arm: str) -> list[Figure]:
+        return [mean(spearman(one.told)) for one in dosed[arm].values()]
+
+    def ranked(arm: str) -> Figure:
+        return mean(torch.cat([spearman(one.told) for one in dosed[arm].values()]))
 
     def lost(arm: str) -> Figure:
         valid = torch.cat([one.valid for one in dosed[arm].values()]).double()
@@ -415,14 +450,15 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
         return mean(valid[:, DOSES.index(0.0)] - valid[:, worst])
 
     figures = {
-        "spearman": of("ours", lambda one: spearman(one.amount)),
-        "span": of("ours", lambda one: (one.amount[:, -1].clamp(-SURE, SURE) - one.amount[:, 0].clamp(-SURE, SURE)) / (2 * SURE)),
+        "spearman": ranked("ours"),
+        "spearman_min": min(ranks("ours")),
+        "span_min": min(mean(_rulers.span(concept, one.told)) for concept, one in dosed["ours"].items()),
         "dose_validity": lost("ours"),
     }
     if not sample:
-        figures["model_spearman"] = of("ours model", lambda one: spearman(one.amount))
-        figures["dense_spearman"] = of("dense", lambda one: spearman(one.amount))
-        leads = {concept: lead(dosed["ours"][concept], dosed["dense"][concept]) for concept in concepts}
+        figures["model_spearman"] = ranked("ours model")
+        figures["dense_spearman"] = ranked("dense")
+        leads = {concept: lead(dosed["ours"][concept].first(FEW), dosed["dense"][concept]) for concept in concepts}
         for row in rows:
             if row["arm"] == "ours":
                 row["lead"] = [round(value, 3) for value in leads[row["concept"]][:3]]
@@ -476,9 +512,9 @@ def measure_autoencoders(kinds: dict[str, Shipped]) -> tuple[dict[str, Figure], 
         parts = rows_of(shipped, file, kind, fresh(400 if kind == TEXT else 96))
         measured = measure_rows(file.sae, parts)
         told = {
-            "fvu": mean([measure_rows(file.sae, [part]).metrics.fvu for part in parts]),
-            "alive": share(measured.stats["freq"] > 0),
-            "train_seconds": Figure(*[float(file.config["seconds"])] * 3, 1),
+            "fvu_max": mean([measure_rows(file.sae, [part]).metrics.fvu for part in parts]),
+            "alive_min": share(measured.stats["freq"] > 0),
+            "train_seconds_max": Figure(*[float(file.config["seconds"])] * 3, 1),
         }
         wished = fresh(64)
         latents = shipped.loaded.vae.encode(render(wished.scenes).movedim(1, -1))
@@ -490,7 +526,7 @@ def measure_autoencoders(kinds: dict[str, Shipped]) -> tuple[dict[str, Figure], 
         rows[-1]["losses"] = {key: [round(value, 5) for value in part.mean(1).tolist()] for key, part in losses._asdict().items()}
         log.info("%s", rows[-1])
         for key, figure in told.items():
-            worse = min if key in ("alive", "loss_recovered") else max
+            worse = min if key in ("alive_min", "loss_recovered") else max
             figures[key] = worse((figures.get(key, figure), figure), key=lambda one: one.value)
     return figures, rows
 
@@ -549,7 +585,7 @@ def calls_ratio(shipped: Shipped) -> Figure:
 # --- the whole --------------------------------------------------------------------------------------------------------------------
 
 
-def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     host_lab.show_files()
     figures: dict[str, Figure] = {}
@@ -564,11 +600,11 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
         if "autoencoders" in parts:
             take(measure_autoencoders({kind: Shipped.load(kind) for kind in host_lab.MODELS}))
         if "gate" in parts:
-            take(measure_gate(unet, SAMPLE if sample else N))
+            take(measure_gate(unet, SAMPLE if sample else GATED))
         if "erase" in parts:
-            take(measure_erasing(unet, Cases(SAMPLE, SAMPLE, SAMPLE) if sample else Cases(N, FEW, FEW), sample))
+            take(measure_erasing(unet, Cases(SAMPLE, SAMPLE, SAMPLE) if sample else Cases(N, FEW, 2 * FEW), sample))
         if "dose" in parts:
-            take(measure_doses(unet, 2 if sample else FEW, sample))
+            take(measure_doses(unet, 3 if sample else DOSED, sample))
         if "dit" in parts and not sample:
             dit = Shipped.load("dit")
             take(measure_erasing(dit, Cases(FEW, FEW, SAMPLE, ON_DIT), True, "dit_"))
@@ -580,10 +616,11 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
     return figures, rows
 
 
-def above_random(rows: Sequence[dict]) -> Figure:
+def above_random(rows: Sequence[dict]) -> dict[str, Figure]:
     """Concepts in which ours takes out more than random latents, and adds more at the greatest strength."""
-
     found = {(row["part"], row["arm"], row["concept"]): row for row in rows if row.get("model") == "unet"}
+    if not {(part, "random", concept) for part in ("erase", "dose") for concept in CONCEPTS} <= set(found):
+        return {}
 
     def value(part: str, arm: str, concept: str, key: str):
         return found[part, arm, concept][key]
@@ -593,16 +630,11 @@ def above_random(rows: Sequence[dict]) -> Figure:
         and value("dose", "ours", one, "amount")[-1] > value("dose", "random", one, "amount")[-1]
         for one in CONCEPTS
     ]
-    return Figure(*[float(sum(above))] * 3, len(above))
-
-
-def joint(rows: Sequence[dict]) -> dict[str, Figure]:
-    """What takes both the pictures with the concept taken out and those with it added."""
-    return {"concepts_above_random": above_random(rows)} if {"erase", "dose"} <= set(map(part_of, rows)) else {}
+    return {"concepts_above_random": Figure(*[float(sum(above))] * 3, len(above))}
 
 
 def main(argv: list[str]) -> int:
-    return _report.run_parts("steer", argv, PARTS, _measure, CLAIMS, part_of, joint)
+    return _report.run_parts("steer", argv, PARTS, _measure, CLAIMS, part_of, above_random)
 
 
 def part_of(row: dict) -> str:

@@ -134,11 +134,35 @@ def read_texts(clip, sites: Sequence[TextSite], texts: Sequence[str]) -> dict[st
 
 
 def gated(features: Features, read: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[Features, str]:
-    """Features with the gate between the scores of their own texts, and what to tell of it."""
-    scores = [torch.tensor([score(features, *read[text]) for text in side]) for side in features.prompts]
-    features = features._replace(gate=threshold(*scores))
-    apart = "They lie apart" if float(scores[0].min()) > float(scores[1].max()) else "They do not lie apart"
-    return features, f"Scores with the concept {_span(scores[0])}, without {_span(scores[1])}. {apart}; the gate is {features.gate:.2f}."
+    """Features with the gate between the scores of their own texts, and what to tell of it. Of latents, as many as tell the texts apart
+    best: those further down fire on other concepts of the kind as well, and one alone may not know every wording.
+    """
+    scores = {telling: _scores(features._replace(telling=telling), read) for telling in _first(features)}
+    telling, (with_it, without) = max(scores.items(), key=lambda one: _apart(*one[1]))
+    features = features._replace(gate=threshold(with_it, without), telling=telling)
+    told = "They lie apart" if float(with_it.min()) > float(without.max()) else "They do not lie apart"
+    by = f" by the first {telling} of the latents" if telling > 1 else " by the first of the latents" if telling else ""
+    return features, f"Scores{by} with the concept {_span(with_it)}, without {_span(without)}. {told}; the gate is {features.gate:.2f}."
+
+
+def _first(features: Features) -> list[int]:
+    """How many latents a score may count: powers of two, and all."""
+    if features.readers is None:
+        return [0]
+    m = len(features.directions)
+    return [2**power for power in range(m.bit_length()) if 2**power < m] + [m]
+
+
+def _scores(features: Features, read: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the texts with the concept and of those without."""
+    with_it, without = (torch.tensor([score(features, *read[text]) for text in side]) for side in features.prompts)
+    return with_it, without
+
+
+def _apart(with_it: torch.Tensor, without: torch.Tensor) -> tuple[float, float]:
+    """In what share of the pairs the one with the concept scores more, and by how much at least, in units of the mean difference."""
+    pairs = float((with_it[:, None] > without[None]).float().mean())
+    return pairs, float((with_it.min() - without.max()) / (with_it.mean() - without.mean()).abs().clamp_min(1e-12))
 
 
 def _span(scores: torch.Tensor) -> str:

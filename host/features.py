@@ -23,7 +23,7 @@ KINDS = (OUT, DIFF, TEXT)
 HEADER = "concept_features"
 VERSION = 1
 NUMBERS = ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")
-WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts", "likeness")
+WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts", "likeness", "telling")
 SAMPLE = 64  # numbers of each weight that a fingerprint reads
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -64,6 +64,7 @@ class Features(NamedTuple):
     prompts      (with, without) the concept
     more         features of the same concept at further sites, which have none of their own
     likeness     of latents: cosine of what strength 1 adds and of the difference between rows with and without; None where it is not known
+    telling      of latents: how many, from the first, a text's score counts; 0 for all
     """
 
     name: str
@@ -85,6 +86,7 @@ class Features(NamedTuple):
     prompts: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     more: tuple[Features, ...] = ()
     likeness: float | None = None
+    telling: int = 0
 
     @property
     def width(self) -> int:

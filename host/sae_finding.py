@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.sae import HELD, SAE
-from ..ops.sae_find import effect_size, ranked, set_difference, share_difference
+from ..ops.sae_find import effect_size, own_share, ranked, set_difference, share_difference
 from .directions import ROWS, WORDS, Found, Runs, gated, levels_of, notes_of, pooled_sides, read_texts
 from .families import FAMILIES
 from .feature_sites import ENCODERS, checked_site, encoders_called, family_for, text_sites, width_at
@@ -186,13 +186,15 @@ def _found(file: SAEFile, reading: Reading, positive: Codes, negative: Codes, wi
     rows, bias = sae.readers(chosen)
     tables = [side.mean[..., chosen].mean(1) for side in (positive, negative)]  # (S, m)
     unit = tables[0].mean(0) if wish.unit == MEAN else positive.most[..., chosen].amax((0, 1))
+    averages = [table.mean(0) for table in tables]
+    weights = own_share(*averages)
     features = Features(
         name=wish.name,
         family="",
         site=site,
         io="",
         directions=sae.directions(chosen),
-        weights=torch.ones(len(chosen)),
+        weights=weights,
         unit=unit,
         mean=negative.rows.mean((0, 1)),
         sigmas=torch.zeros(len(tables[0])),
@@ -202,13 +204,12 @@ def _found(file: SAEFile, reading: Reading, positive: Codes, negative: Codes, wi
         prompts=(wish.positive, wish.negative),
     )
     way = positive.rows.mean((0, 1)) - negative.rows.mean((0, 1))
-    likeness = float(torch.cosine_similarity(unit @ features.directions, way, dim=0))
+    likeness = float(torch.cosine_similarity((unit * weights) @ features.directions, way, dim=0))
     features = features._replace(likeness=likeness)
-    averages = [table.mean(0).tolist() for table in tables]
     told = [f"By {wish.score}, of {sae.n} latents {int((scores > 0).sum())} are more the concept's than not; kept:"]
     told += [
-        f"  {index}: score {float(scores[index]):.3g}, {float(unit[at]):.3g} counts as 1; on average {averages[0][at]:.3g} with the "
-        f"concept, {averages[1][at]:.3g} without."
+        f"  {index}: score {float(scores[index]):.3g}, {float(unit[at]):.3g} counts as 1; on average {float(averages[0][at]):.3g} with the "
+        f"concept, {float(averages[1][at]):.3g} without, so that its steps count {float(weights[at]):.2f}."
         for at, index in enumerate(chosen.tolist())
     ]
     told.append(f"What they add together has a cosine of {likeness:.2f} with the difference that Find Direction goes along.")

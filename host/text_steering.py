@@ -22,7 +22,6 @@ log = logging.getLogger("concept_nodes")
 
 ALL_ROWS, BUT_FIRST, CONTENT = "all", "skip first", "content only"
 SCOPES = (ALL_ROWS, BUT_FIRST, CONTENT)
-BEST = 2  # latents that a text's score counts
 
 
 class TextSteer(NamedTuple):
@@ -207,11 +206,10 @@ def score(features: Features, rows: torch.Tensor, content: torch.Tensor) -> floa
     if features.readers is None:
         amounts = amounts / scale.unit.abs().clamp_min(1e-12)
     else:
-        # By what each adds: counted in units of their own, latents that hardly fire on the concept would outweigh its best. Of the best
-        # alone, which come first: what is further down fires on other concepts of the kind as well.
-        lengths = features.directions.norm(dim=1)
-        whole = (scale.unit * features.weights * lengths)[:BEST].sum()
-        amounts = (amounts * lengths)[..., :BEST] / whole.abs().clamp_min(1e-12)
+        # By what each adds: counted in units of their own, latents that hardly fire on the concept would outweigh its best.
+        lengths, telling = features.directions.norm(dim=1), slice(features.telling or None)
+        whole = (scale.unit * features.weights * lengths)[telling].sum()
+        amounts = (amounts * lengths)[..., telling] / whole.abs().clamp_min(1e-12)
     if features.positions is not None:
         at = torch.arange(rows.shape[1])[:, None]
         amounts = torch.where((features.positions == at) | (features.positions < 0), amounts, 0.0)

@@ -17,15 +17,14 @@ VALUES = {"shape": SHAPES, "colour": COLOURS, "fill": FILLS, "style": STYLES}
 CONCEPTS = {
     **dict.fromkeys(("circle", "star", "heart", "triangle"), "shape"),
     **dict.fromkeys(("red", "yellow", "green", "blue"), "colour"),
-    **dict.fromkeys(("striped", "outlined"), "fill"),
-    **dict.fromkeys(("neon", "vintage"), "style"),
+    "striped": "fill",
+    **dict.fromkeys(("neon", "vintage", "shaded"), "style"),
 }
-VALUE = {"outlined": "outline"}  # where scenes call it otherwise
-TINY, LIMIT = 1e-30, 15.0  # the eye's shares are of seven digits
+TINY, LIMIT = 1e-30, 40.0
 
 
 def index_of(concept: str) -> int:
-    return VALUES[CONCEPTS[concept]].index(VALUE.get(concept, concept))
+    return VALUES[CONCEPTS[concept]].index(concept)
 
 
 def _set(scenes: Scenes, attribute: str, values: torch.Tensor) -> None:
@@ -34,6 +33,13 @@ def _set(scenes: Scenes, attribute: str, values: torch.Tensor) -> None:
     else:
         column = {"shape": scenes.kind, "colour": scenes.colour, "fill": scenes.fill}[attribute]
         column[:, 0] = values
+
+
+def with_concept(scenes: Scenes, concept: str) -> Scenes:
+    """The same scenes, their first object with a concept."""
+    scenes = scenes[torch.arange(len(scenes))]
+    _set(scenes, CONCEPTS[concept], torch.full((len(scenes),), index_of(concept)))
+    return scenes
 
 
 def scenes_of(n: int, seed: int, size: int = 64) -> Scenes:
@@ -62,10 +68,10 @@ def prompts(concept: str, n: int, seed: int) -> tuple[list[str], list[str]]:
 
 def holds(concept: str, reading: Reading) -> bool:
     """Whether a picture holds a concept."""
-    attribute, value = CONCEPTS[concept], VALUE.get(concept, concept)
+    attribute = CONCEPTS[concept]
     if attribute == "style":
-        return reading.style == value
-    return any({"shape": seen.kind, "colour": seen.colour, "fill": seen.fill}[attribute] == value for seen in reading.objects)
+        return reading.style == concept
+    return any({"shape": seen.kind, "colour": seen.colour, "fill": seen.fill}[attribute] == concept for seen in reading.objects)
 
 
 def open_captions(concept: str, n: int, seed: int) -> list[str]:
@@ -88,6 +94,6 @@ def amount(concept: str, reading: Reading) -> float:
         shares = reading.objects[0].odds[{"shape": "kind"}.get(attribute, attribute)]
     else:
         return -LIMIT
-    share = float(shares.double()[index_of(concept)])
-    rest = float(shares.double().sum()) - share
-    return max(-LIMIT, min(LIMIT, math.log(max(share, TINY)) - math.log(max(rest, TINY))))
+    index, shares = index_of(concept), shares.double()
+    share, rest = shares[index], torch.cat([shares[:index], shares[index + 1 :]]).sum()  # not 1 - share, which is 0 where it is sure
+    return max(-LIMIT, min(LIMIT, math.log(max(float(share), TINY)) - math.log(max(float(rest), TINY))))

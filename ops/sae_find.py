@@ -52,6 +52,13 @@ def _among(codes: torch.Tensor, most: int) -> torch.Tensor:
     return torch.zeros_like(codes, dtype=torch.bool).scatter_(-1, chosen, True) & (codes > 0)
 
 
+def own_share(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """(m,) 0 to 1 from mean codes (m,) with the concept and without: how much of what a latent does with it is the concept's doing. One
+    that is as busy without it has other things to do, and steering it by its whole length would undo those.
+    """
+    return ((positive - negative) / positive.clamp_min(torch.finfo(positive.dtype).tiny)).clamp(0.0, 1.0)
+
+
 def ranked(scores: torch.Tensor, most: int) -> torch.Tensor:
     """The latents of the `most` greatest scores (n,) above 0, best first; of equals the lower number."""
     order = scores.argsort(descending=True, stable=True)[:most]

@@ -19,6 +19,7 @@ from .server import PACK, Server, is_free
 TIERS = ("ops", "host", "server", "browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NO_TESTS = 5  # pytest's exit status where nothing was collected
+IN_PARTS = ("filter", "lab", "localize", "maps", "regional", "steer")  # benchmarks with --again
 MOST_WORKERS = 4  # test processes; each of them may hold a host of 2 GB
 
 
@@ -67,9 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
-    benched.add_argument(
-        "--again", nargs="+", metavar="PART", default=[], help="localize, maps, regional, steer: measure these parts alone anew"
-    )
+    benched.add_argument("--again", nargs="+", metavar="PART", default=[], help=f"{', '.join(IN_PARTS)}: measure these parts alone anew")
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -150,8 +149,8 @@ def run_benchmark(options) -> int:
     for option in ("released", "ours"):
         if getattr(options, option) and options.name != "sliders":
             raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
-    if options.again and options.name not in ("localize", "maps", "regional", "steer"):
-        raise SetupError(f"bench {options.name} has no --again; bench localize, bench maps, bench regional and bench steer have.")
+    if options.again and options.name not in IN_PARTS:
+        raise SetupError(f"bench {options.name} has no --again; there are parts in: {', '.join(IN_PARTS)}.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
     passed += ["--again", *options.again] if options.again else []

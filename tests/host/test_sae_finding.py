@@ -7,9 +7,9 @@ import torch
 
 from concept_nodes.host import features as host_features
 from concept_nodes.host import lab
-from concept_nodes.host.directions import ROWS, WORDS, Runs, in_text
+from concept_nodes.host.directions import ROWS, WORDS, Runs, gated, in_text
 from concept_nodes.host.feature_sites import text_sites, width_at
-from concept_nodes.host.features import FeaturesError
+from concept_nodes.host.features import Features, FeaturesError, Readers
 from concept_nodes.host.sae_files import SAEFile
 from concept_nodes.host.sae_finding import SCORES, SHARE, Reading, Wish, find_in_model
 from concept_nodes.host.text_steering import captured, score
@@ -94,7 +94,7 @@ def test_likeness_is_the_cosine_with_the_dense_direction(clip, planted, pooling,
     """And is kept in the file; latents that add something else recommend the other way in both nodes."""
     found, report = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 4, "", pooling=pooling).result
     dense = in_text(clip, SITE, tuple(POSITIVE.splitlines()), tuple(NEGATIVE.splitlines()), pooling, "red").features
-    added = found.unit @ found.directions
+    added = (found.unit * found.weights) @ found.directions
     assert found.likeness == pytest.approx(float(torch.cosine_similarity(added, dense.directions[0], dim=0)), abs=1e-4)
     assert f"{found.likeness:.2f} with the difference" in report and dense.likeness is None
     host_features.write(found, tmp_path / "x.safetensors")
@@ -125,6 +125,8 @@ def test_numbers_are_those_of_the_codes(clip, planted, pooling):
     torch.testing.assert_close(found.directions, planted.sae.directions(best))
     torch.testing.assert_close(found.unit, means[0][best])
     torch.testing.assert_close(found.negative[0], means[1][best])
+    torch.testing.assert_close(found.weights, ((means[0] - means[1]) / means[0])[best].clamp(0, 1))
+    assert 0 < float(found.weights.min()) < 0.9 and float(found.weights[0]) > 0.9
     most, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 4, "", unit="max", pooling=pooling).result
     torch.testing.assert_close(most.unit, torch.cat(sides[0]).amax(0)[best])
 
@@ -173,7 +175,7 @@ def test_steered_text_is_what_the_autoencoder_decodes(clip, activation):
             text_encoders.encode(one, "a small red circle")
             handle.remove()
         before, after = seen[-2:]
-        expected = changed(sae, before, chosen, factor)
+        expected = changed(sae, before, chosen, 1 + (factor - 1) * found.weights)
         assert float(expected.abs().max()) > 0.05
         torch.testing.assert_close(after.double(), before + expected, rtol=1e-5, atol=1e-5)
 
@@ -192,7 +194,7 @@ def test_steered_models_are_what_the_autoencoder_decodes(kind):
     chosen = [int((sae.directions(torch.arange(sae.n)) == row).all(1).nonzero()) for row in found.directions]
     acting = SteerModel.execute(model, "none", 1.0, "scale", 0.0, 1.0, "both", "", None, found, keep_norm="off").result[0]
     before, after = (first_rows(one, site) for one in (model, acting))
-    expected = changed(sae, before, chosen, 2.0)
+    expected = changed(sae, before, chosen, 1 + found.weights)
     assert float(expected.abs().max()) > 0.05
     torch.testing.assert_close(after.double(), before + expected, rtol=1e-5, atol=1e-5)
 
@@ -213,17 +215,32 @@ def test_means_in_a_model_are_those_of_the_codes():
 
 def test_a_texts_score_counts_latents_by_what_they_add(clip, planted):
     """One that hardly fires on the concept's own prompts and much on another text must not pass that text for the concept."""
-    found, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 2, "").result
     rows, content = captured(clip, text_sites(clip, SITE), clip.tokenize("a small blue star"))
-    lengths, unit = found.directions.norm(dim=1), found.unit
-    z = planted.sae.encode(rows[content])[
-        :, [int((planted.sae.W_dec * planted.sae.std == row).all(1).nonzero()) for row in found.directions]
-    ]
-    assert score(found, rows, content) == pytest.approx(float((z @ lengths).max() / (unit @ lengths)), rel=1e-4)
-    more, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 5, "").result
-    assert len(more.unit) > 2 and score(more, rows, content) == score(found, rows, content) and more.gate == found.gate
-    alone, _ = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, 1, "").result
-    assert score(alone, rows, content) == pytest.approx(float(z[:, 0].max() / unit[0]), rel=1e-4, abs=1e-6)
+    codes = planted.sae.encode(rows[content])
+    for top in (1, 2, 5):
+        found, report = SAEFind.execute(planted, clip, POSITIVE, NEGATIVE, SHARE, top, "").result
+        assert 1 <= found.telling <= len(found.unit) and ("by the first" in report)
+        first = slice(found.telling)
+        by = (found.directions.norm(dim=1) * found.weights)[first]
+        z = codes[:, [int((planted.sae.W_dec * planted.sae.std == row).all(1).nonzero()) for row in found.directions[first]]]
+        assert score(found, rows, content) == pytest.approx(float((z @ by).max() / (found.unit[first] @ by)), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "other", "telling"), [(((2.0, 1.0), (1.0, 0.1)), (0.0, 3.0), 1), (((2.0, 0.0), (0.1, 2.0)), (0.0, 0.0), 2)]
+)
+def test_the_gate_counts_the_latents_that_tell_the_texts_apart(wanted, other, telling):
+    """The second fires on everything else as well; or each of two wordings of the concept has a latent of its own."""
+    latents = Readers(torch.eye(2), torch.zeros(2), torch.zeros(2))
+    found = Features(
+        "x", "CLIP-L", SITE, "text", torch.eye(2), torch.ones(2), torch.ones(2), torch.zeros(2), torch.zeros(1), torch.ones(1, 2),
+        torch.zeros(1, 2), latents, prompts=(("a", "b"), ("c",)),
+    )  # fmt: skip
+    content = torch.ones(1, 1, dtype=torch.bool)
+    texts = {text: (torch.tensor([[row]]), content) for text, row in zip("abc", (*wanted, other), strict=True)}
+    gated_ones, report = gated(found, texts)
+    assert gated_ones.telling == telling and "They lie apart" in report
+    assert score(gated_ones, *texts["c"]) < gated_ones.gate < min(score(gated_ones, *texts[one]) for one in "ab")
 
 
 class TestRefusals:

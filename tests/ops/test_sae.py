@@ -522,6 +522,12 @@ class TestFinding:
         for name, score in self.scores(self.codes(1), self.codes(0)).items():
             assert sae_find.ranked(score, 3)[0] == self.PLANTED, name
 
+    def test_the_concepts_own_share_of_a_latent(self):
+        """All of one that never fires without it; none of one that is as busy or busier without, or never fires at all."""
+        with_it, without = torch.tensor([2.0, 2.0, 1.0, 1.0, 0.0]), torch.tensor([0.0, 0.5, 1.0, 3.0, 0.0])
+        assert sae_find.own_share(with_it, without).tolist() == [1.0, 0.75, 0.0, 0.0, 0.0]
+        torch.testing.assert_close(sae_find.own_share(1e-6 * with_it, 1e-6 * without), sae_find.own_share(with_it, without))
+
     def test_sets_exchanged_turn_the_sign(self):
         there, back = self.scores(self.codes(1), self.codes(0)), self.scores(self.codes(0), self.codes(1))
         assert torch.equal(there["share"], -back["share"])
