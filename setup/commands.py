@@ -63,11 +63,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument("name", metavar="NAME")
     benched.add_argument("--check", action="store_true", help="re-run a random sample of the committed result")
     benched.add_argument("--size", choices=("sdxl", "flux"), help="regional: time a model of this published size (needs --device cuda)")
-    benched.add_argument("--ours", action="store_true", help="sliders: the shipped sliders alone, without what they are compared with")
+    benched.add_argument(
+        "--ours", action="store_true", help="sliders: the shipped sliders alone; filter, with --again: the arms of ours alone"
+    )
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
-    benched.add_argument("--again", nargs="+", metavar="PART", default=[], help="localize, maps, steer: measure these parts alone anew")
+    benched.add_argument(
+        "--again", nargs="+", metavar="PART", default=[], help="filter, localize, maps, steer: measure these parts alone anew"
+    )
     add_device(benched)
     served = add("serve", run_server, "run ComfyUI with this pack for your browser")
     served.add_argument("--port", type=int, default=8188)
@@ -145,11 +149,11 @@ def run_benchmark(options) -> int:
         raise SetupError(f"bench {options.name} has no --size; bench regional has.")
     if options.size and options.device == "cpu":
         raise SetupError(f"--size {options.size} times a model of the published size, which needs a GPU: add --device cuda.")
-    for option in ("released", "ours"):
-        if getattr(options, option) and options.name != "sliders":
-            raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
-    if options.again and options.name not in ("localize", "maps", "steer"):
-        raise SetupError(f"bench {options.name} has no --again; bench localize, bench maps and bench steer have.")
+    for option, having in (("released", ("sliders",)), ("ours", ("filter", "sliders"))):
+        if getattr(options, option) and options.name not in having:
+            raise SetupError(f"bench {options.name} has no --{option}; bench {' and bench '.join(having)} has.")
+    if options.again and options.name not in ("filter", "localize", "maps", "steer"):
+        raise SetupError(f"bench {options.name} has no --again; bench filter, bench localize, bench maps and bench steer have.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]
     passed += ["--ours"] * options.ours
     passed += ["--again", *options.again] if options.again else []

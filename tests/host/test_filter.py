@@ -7,7 +7,20 @@ import torch
 
 from concept_nodes.benchmarks import _english
 from concept_nodes.host import lab
-from concept_nodes.host.encoders import FILLER, EncoderError, Reader, Seat, brought, ends, seats, windows_of, without, words
+from concept_nodes.host.encoders import (
+    FILLER,
+    EncoderError,
+    Reader,
+    Seat,
+    alone,
+    brought,
+    contents,
+    ends,
+    seats,
+    windows_of,
+    without,
+    words,
+)
 from concept_nodes.host.filter import (
     GATE,
     METHODS,
@@ -69,6 +82,19 @@ def test_a_learned_embedding_is_one_word(lab_clip):
     seat = seats(lab_clip)[0]
     window = [(49406, 1.0, 0), (320, 1.0, 1), (torch.zeros(128), 1.0, 2), (torch.ones(128), 1.0, 2), (736, 1.0, 3), (49407, 1.0, 0)]
     assert [(word.text, word.at) for word in words(lab_clip, seat, [window])] == [("a", (1,)), ("embedding", (2, 3)), ("red", (4,))]
+
+
+@pytest.mark.parametrize("kind", text_encoders.KINDS)
+def test_a_word_alone_is_read_as_the_text_of_that_word(kind):
+    clip = text_encoders.build(kind)
+    for seat in seats(clip):
+        window = Prompt(clip, TEXT).windows[seat.key][0]
+        for word in words(clip, seat, [window]):
+            one = alone(window, word.at)
+            assert len(one) == len(window) and [one[at] for at in contents(one)] == [window[at] for at in word.at]
+        (red,) = [word.at for word in words(clip, seat, [window]) if word.text == "red"]
+        vectors = Reader(clip).read(seat, [alone(window, red), Prompt(clip, "red").windows[seat.key][0]])[0]
+        assert torch.allclose(vectors[0], vectors[1], atol=1e-4 * float(vectors.abs().max()))
 
 
 @pytest.mark.parametrize("kind", text_encoders.KINDS)
@@ -512,7 +538,7 @@ def test_a_few_words_may_bring_a_concept_together(lab_clip):
     window, ear = prompt.windows[seat.key][0], Ear(reader, seat, ["red"])
     for one in found:
         with_it, without_it = reader.rows(seat, [window, without(window, one.word.at)])[0]
-        assert ear.amount(brought(seat, with_it, without_it, one.word.at)[None], 0.0) < GATE
+        assert ear.heard(brought(seat, with_it, without_it, one.word.at)[None])[0] < GATE
     assert not find(reader, seat, Prompt(lab_clip, text.format("blue")), ["red"], GATE)
 
 
