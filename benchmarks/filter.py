@@ -22,7 +22,7 @@ Arms: none, negative (the concept as a negative prompt), SLD medium and max, NAG
 released, in all steps; with their own windows they act on less), paper+negative, projection (the concepts' span taken out of every word's
 row), random (a random span of equal rank), ours, ours+negative. Rows of the lab's DiT stand beside those of the UNet.
 
-`--again PART ...` measures some of PARTS anew and keeps the others' committed figures; with `--ours`, of what is drawn only the arms of ours.
+`--again PART ...` measures some of PARTS anew and keeps the others' committed figures; `--ours` draws the arms of ours alone.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def measure_overhead(loaded, repeats: int, first: bool) -> Figure:
 
 
 def _measure(parts: Sequence[str], ours: bool, sample: bool) -> tuple[dict[str, Figure], list[dict]]:
-    """Figures and rows of some of PARTS. ours: of what is drawn, only the arms of ours, and what is compared with them picture by picture."""
+    """Figures and rows of some of PARTS. ours: of what is drawn, the arms of ours alone and what their pictures are compared with."""
     from . import _english
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

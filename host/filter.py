@@ -35,16 +35,13 @@ ALONE, ALONE_COUNTS, ALONE_COSINE = (
 )  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
 # Words of no particular concept. What they have in common, any word brings that stands where a filler could.
 NEUTRAL = ("thing", "place", "house", "water", "person", "time", "light", "hand", "road", "paper", "animal", "food")
-BESIDE = 2  # directions beside their mean that are left aside as well: with 4 a concept itself begins to be lost
-TOGETHER, LEFT, LEAST, FEW = (
-    0.72,
-    0.5,
-    0.03,
-    8,
-)  # enough of words that point to a concept together, what of it may be left, which words count
+BESIDE = 2  # directions beside the mean of these that are left aside as well: with four, concepts themselves begin to be lost
+TOGETHER, LEFT = 0.72, 0.5  # what words that point to a concept together must reach, and the share of that which may be left of them
+LEAST, FEW = 0.03, 8  # the share of a concept that a word must bring to count among these, and how many count
 MOST_CONCEPTS = 200
-COSINE = 0.37  # the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
+COSINE = 0.37  # the least between what a word brings and the concept: words of another meaning seldom reach it, however much they bring
 AGAIN = 0.65  # of the gate: what counts in a text that was found to bring the concept
+FIRST = 0.25  # of what the strongest word brings: weaker ones are read again without it, beside which they may bring nothing
 ROUNDS = 12  # of looking for what is left after words were left out
 
 
@@ -337,7 +334,8 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
                 own, near = ear.heard(_by_themselves(reader, seat, window, [group[0].at for group in groups]), alone=True)
                 amount = torch.maximum(amount, torch.where(near >= ALONE_COSINE, ALONE_COUNTS * own, 0.0))
             most, which = amount.max(1)
-            hits = [(i, int(which[i]), float(most[i])) for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
+            least = max(gate * (AGAIN if turn else 1.0), FIRST * float(most.max()))
+            hits = [(i, int(which[i]), float(most[i])) for i in range(n) if float(most[i]) >= least]
             hits = hits or _together(share, cosine, gate / GATE)
             if not hits:
                 break
