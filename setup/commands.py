@@ -151,7 +151,9 @@ def run_benchmark(options) -> int:
         raise SetupError(f"--size {options.size} times a model of the published size, which needs a GPU: add --device cuda.")
     for option, having in (("released", ("sliders",)), ("ours", ("filter", "sliders"))):
         if getattr(options, option) and options.name not in having:
-            raise SetupError(f"bench {options.name} has no --{option}; bench {' and bench '.join(having)} has.")
+            raise SetupError(
+                f"bench {options.name} has no --{option}; bench {' and bench '.join(having)} {'have' if having[1:] else 'has'}."
+            )
     if options.again and options.name not in ("filter", "localize", "maps", "steer"):
         raise SetupError(f"bench {options.name} has no --again; bench filter, bench localize, bench maps and bench steer have.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]

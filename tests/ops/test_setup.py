@@ -335,8 +335,8 @@ def test_it_works_from_any_folder_and_in_a_path_with_spaces(tmp_path, arguments,
     [
         (["sliders", "--size", "sdxl", "--device", "cuda"], "bench sliders has no --size; bench regional has."),
         (["regional", "--released", "x"], "bench regional has no --released; bench sliders has."),
-        (["lab", "--ours"], "bench lab has no --ours; bench filter and bench sliders has."),
-        (["lab", "--again", "ours"], "bench lab has no --again; bench localize, bench maps and bench steer have."),
+        (["lab", "--ours"], "bench lab has no --ours; bench filter and bench sliders have."),
+        (["lab", "--again", "ours"], "bench lab has no --again; bench filter, bench localize, bench maps and bench steer have."),
         (["regional", "--size", "flux"], "--size flux times a model of the published size, which needs a GPU: add --device cuda."),
     ],
 )
