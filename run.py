@@ -4,7 +4,7 @@
     python run.py test [TIER ...]             the tests (tiers: ops, host, server, browser) and the linters
     python run.py bench NAME [--check]        one benchmark, or a random check of its committed result
                   (regional --size sdxl|flux --device cuda: what regions cost on models of published size)
-                  (localize or maps, --again ARM ...: some arms anew, the others as they were)
+                  (filter, localize, maps or steer, --again PART ...: some parts anew, the others as they were)
                   (sliders --released CHECKOUT: the released trainer, from a clone of its repository, beside ours)
     python run.py serve [--port N]            ComfyUI with this pack and its lab models, for your browser
     python run.py lab ...                     train and measure the lab models

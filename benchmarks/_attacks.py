@@ -143,7 +143,7 @@ def invert(loaded, gaps: Sequence[str], asked: Sequence[str], seed: int, concept
             if gate is not None:
                 at = (texts == place).int().argmax(1)
                 changes = torch.stack([(made[0][i] - empty[0][i])[at[i] + 1 : ends[i] + 1].mean(0) for i in range(len(texts))])
-                loss = loss + 4 * (ear.amount(changes, 0.0)[:, 0] - STAYS_BELOW * gate).clamp_min(0).sum()
+                loss = loss + 4 * (ear.heard(changes)[0][:, 0] - STAYS_BELOW * gate).clamp_min(0).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -21,15 +21,20 @@ proves nothing and is left out for it.
 Arms: none, negative (the concept as a negative prompt), SLD medium and max, NAG at CFG 1, paper and released (SAFREE as written and as
 released, in all steps; with their own windows they act on less), paper+negative, projection (the concepts' span taken out of every word's
 row), random (a random span of equal rank), ours, ours+negative. Rows of the lab's DiT stand beside those of the UNet.
+
+`--again PART ...` measures some of PARTS anew and keeps the others' committed figures; `--ours` draws the arms of ours alone.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import random
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,7 +49,8 @@ from ..lab.eye import Eye, Reading
 from ..lab.measure import Asked, ask, hits
 from ..lab.scenes import COLOURS, SHAPES, STYLES
 from ..ops import filter as ops
-from ._report import Claim, Figure, mean, ratio, run, share
+from . import _report
+from ._report import Claim, Figure, mean, ratio, share
 
 log = logging.getLogger("concept_nodes.bench")
 SIZE, STEPS, CFG, SEED = 64, 20, 5.0, 41_000
@@ -175,6 +181,8 @@ PUBLISHED = ("SLD medium", "SLD max", "paper", "released", "paper+negative")
 # Arms that are attacked by words found against the same contexts.
 SEARCHED = {"none": ("none", "SLD max"), "paper": ("paper", "paper+negative"), "released": ("released",), "ours": ("ours", "ours+negative")}
 ON_DIT = ("none", "paper", "ours")
+OURS_ARMS = ("ours", "ours+negative")
+PARTS = (HARMLESS, *NAMES.values(), "cfg1", "overhead", ADAPTIVE, INVERSION, "dit", "english")
 
 
 def draw(loaded, prompts: Prompts, arm: Arm, concept: str, cfg: float, batch: int = 64) -> torch.Tensor:
@@ -264,7 +272,7 @@ def gaps(concept: str, n: int) -> tuple[Asked, list[str]]:
     return asked, [text.replace(concept, "{}", 1) for text in asked]
 
 
-def attack_by_search(loaded, eye: Eye, n: int, few: int) -> Tally:
+def attack_by_search(loaded, eye: Eye, n: int, few: int, against: Sequence[str] = tuple(SEARCHED)) -> Tally:
     """The same for words that a search found against what each arm reads: of its starts, those words are used whose pictures of some
     further texts hold the concept most often, on texts that the search did not see.
     """
@@ -277,7 +285,7 @@ def attack_by_search(loaded, eye: Eye, n: int, few: int) -> Tally:
         def said(at: slice, words: Sequence[str], asked=asked, texts=texts) -> Asked:
             return Asked(asked.scenes[at], [text.format(" ".join(words)) for text in texts[at]])
 
-        for read, attacked in SEARCHED.items():
+        for read in against:
             found = []
             for start in range(STARTS):
                 search = Search(loaded, SIZE // loaded.vae.spacial_compression_decode(), texts, list(asked), SEED + start)
@@ -286,21 +294,22 @@ def attack_by_search(loaded, eye: Eye, n: int, few: int) -> Tally:
                 found.append((-rate, loss, words))
                 log.info("%s against %s: %s, loss %.4f, holds it in %.2f", concept, read, " ".join(words), loss, rate)
             words = min(found)[2]
-            for arm in attacked:
+            for arm in SEARCHED[read]:
                 told = tell(loaded, eye, arm, concept, said(slice(shown, shown + (n if arm in CLAIMED else few)), words), CFG)
                 tally.add(concept, arm, told, words=" ".join(words))
                 tally.keep(arm, told)
     return tally
 
 
-def attack_by_inversion(loaded, eye: Eye, few: int) -> Tally:
+def attack_by_inversion(loaded, eye: Eye, few: int, arms: Sequence[str] = ("none", "paper", "released", "ours")) -> Tally:
     """The same for an embedding learnt against the unguarded model, and for one that also learnt to stay below ours."""
     from ._attacks import AMONG, invert, learnt
 
     tally = Tally(INVERSION, CFG)
     for concept in CONCEPTS:
         asked, texts = gaps(concept, few + AMONG)
-        for arm, below in (("none", None), ("paper", None), ("released", None), ("ours", host_filter.GATE)):
+        for arm in arms:
+            below = host_filter.GATE if arm == "ours" else None
             embedding = invert(loaded, texts[:AMONG], list(asked)[:AMONG], SEED, concept, below)
             with learnt(loaded.clip, embedding) as word:
                 one = Asked(asked.scenes[AMONG:], [text.format(word) for text in texts[AMONG:]])
@@ -355,52 +364,71 @@ def measure_overhead(loaded, repeats: int, first: bool) -> Figure:
     return Figure(statistics.median(shares), min(shares), max(shares), repeats)
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(parts: Sequence[str], ours: bool, sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+    """Figures and rows of some of PARTS. ours: of what is drawn, the arms of ours alone and what their pictures are compared with."""
     from . import _english
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    english = None if sample else _english.installed()
+    if sample:
+        parts = PARTS[: PARTS.index("cfg1") + 1]
+    english = _english.installed() if "english" in parts else None
     loaded, eye, n, few = host_lab.load("unet"), Eye.load(), SAMPLE if sample else N, 0 if sample else FEW
     figures: dict[str, Figure] = {}
+    rows: list[dict] = []
     with torch.inference_mode():
-        found, rows = measure_harmless(loaded, eye, n)
-        figures |= found
-        for way in WAYS:
-            tally = attack(loaded, eye, way, CFG, n, few)
+        if "harmless" in parts:
+            found, more = measure_harmless(loaded, eye, n)
+            figures |= found
+            rows += more
+        for way, name in NAMES.items():
+            if name not in parts:
+                continue
+            paired = way == "plain"
+            tally = attack(loaded, eye, way, CFG, n, few, (("none", *OURS_ARMS) if paired else OURS_ARMS) if ours else tuple(ARMS))
             rows += tally.rows
-            unguarded, ours = tally.told["none"], tally.told["ours"]
-            figures[f"{NAMES[way]}_rate"] = share(ours.held)
-            if way == "plain":
-                figures["rest_kept"] = ratio(ours.rest, unguarded.rest)
-                figures["validity_drop"] = mean([float(a) - float(b) for a, b in zip(unguarded.valid, ours.valid, strict=True)])
-        tally = attack(loaded, eye, "plain", 1.0, n, few)
-        rows += tally.rows
-        figures["cfg1_explicit_rate"] = share(tally.told["ours"].held)
-        if sample:
-            return figures, rows
-        for name, first in (("text_overhead", False), ("text_overhead_first", True)):
-            figures[name] = measure_overhead(loaded, 9, first)
-        tally = attack_by_search(loaded, eye, n, few)
-        rows += tally.rows
-        rates = {arm: share(told.held) for arm, told in tally.told.items()}
-        figures["adaptive_rate"] = rates["ours"]
-        for arm in ("none", "paper"):
-            figures[f"adaptive_{arm}"] = rates[arm]
-        best = min((arm for arm in rates if arm in PUBLISHED), key=lambda arm: rates[arm].value)
-        figures["adaptive_lead"] = apart(tally.told[best].held, tally.told["ours"].held)
-        tally = attack_by_inversion(loaded, eye, few)
-        rows += tally.rows
-        figures["inversion_rate"] = share(tally.told["ours"].held)
-        dit = host_lab.load("dit")
-        for way in WAYS:
-            tally = attack(dit, eye, way, DIT_CFG, few, few, ON_DIT, "dit")
+            figures[f"{name}_rate"] = share(tally.told["ours"].held)
+            if paired:
+                unguarded, guarded = tally.told["none"], tally.told["ours"]
+                figures["rest_kept"] = ratio(guarded.rest, unguarded.rest)
+                figures["validity_drop"] = mean([float(a) - float(b) for a, b in zip(unguarded.valid, guarded.valid, strict=True)])
+        if "cfg1" in parts:
+            tally = attack(loaded, eye, "plain", 1.0, n, few, OURS_ARMS if ours else tuple(ARMS))
             rows += tally.rows
-            if "ours" in tally.told:
-                figures[f"dit_{NAMES[way]}_rate"] = share(tally.told["ours"].held)
-        found, more = _english.measure(english, ENGLISH, host_filter.GATE)
-        figures |= found
-        rows += more
+            figures["cfg1_explicit_rate"] = share(tally.told["ours"].held)
+        if "overhead" in parts:
+            for name, first in (("text_overhead", False), ("text_overhead_first", True)):
+                figures[name] = measure_overhead(loaded, 9, first)
+        if ADAPTIVE in parts:
+            tally = attack_by_search(loaded, eye, n, few, ("ours",) if ours else tuple(SEARCHED))
+            rows += tally.rows
+            figures["adaptive_rate"] = share(tally.told["ours"].held)
+        if INVERSION in parts:
+            tally = attack_by_inversion(loaded, eye, few, ("ours",) if ours else ("none", "paper", "released", "ours"))
+            rows += tally.rows
+            figures["inversion_rate"] = share(tally.told["ours"].held)
+        if "dit" in parts:
+            dit = host_lab.load("dit")
+            for way, name in NAMES.items():
+                tally = attack(dit, eye, way, DIT_CFG, few, few, ON_DIT, "dit")
+                rows += tally.rows
+                if "ours" in tally.told:
+                    figures[f"dit_{name}_rate"] = share(tally.told["ours"].held)
+        if "english" in parts:
+            found, more = _english.measure(english, ENGLISH, host_filter.GATE)
+            figures |= found
+            rows += more
     return figures, rows
+
+
+def compared(rows: Sequence[dict]) -> dict[str, Figure]:
+    """What is told of searches against several arms."""
+    held: dict[str, list[bool]] = {}
+    for row in rows:
+        if row["way"] == ADAPTIVE:
+            hits_ = round(row["held"] * row["n"])
+            held.setdefault(row["arm"], []).extend([True] * hits_ + [False] * (row["n"] - hits_))
+    best = min((arm for arm in held if arm in PUBLISHED), key=lambda arm: sum(held[arm]) / len(held[arm]))
+    return {f"adaptive_{arm}": share(held[arm]) for arm in ("none", "paper")} | {"adaptive_lead": apart(held[best], held["ours"])}
 
 
 def apart(one: Sequence[bool], other: Sequence[bool], *, resamples: int = 2000) -> Figure:
@@ -430,4 +458,34 @@ def table(arms: Sequence[dict], model: str = "unet") -> str:
 
 
 def main(argv: list[str]) -> int:
-    return run("filter", argv, _measure, CLAIMS)
+    """In full; or some of PARTS with --again, and with --ours of these the arms of ours alone: the rest stays as it was committed."""
+    parser = argparse.ArgumentParser(prog="run.py bench filter", add_help=False)
+    parser.add_argument("--again", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--ours", action="store_true")
+    options, others = parser.parse_known_args(argv)
+    if "--check" in others:
+        return _report.run("filter", others, partial(_measure, PARTS, False), CLAIMS)
+    commit, figures = _report.commit(), {}
+    for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
+        began = time.monotonic()
+        found, rows = _measure([part], options.ours, False)
+        figures = merge(part, {"commit": commit, "seconds": round(time.monotonic() - began, 1)}, found, rows)
+    return _report.judge(figures, CLAIMS)
+
+
+def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) -> dict[str, Figure]:
+    """Put a part measured anew among the others' results, each row in its old place; gives all figures. run: commit and seconds."""
+    path = _report.RESULTS / "filter.json"
+    committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": []}
+    kept = {_place(row): row for row in committed["arms"]} | {_place(row): row for row in rows}
+    figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | figures
+    if part == ADAPTIVE:
+        figures |= compared(list(kept.values()))
+    parts = committed.get("parts", {}) | {part: run}
+    seconds = committed["seconds"] if "seconds" in committed else sum(one["seconds"] for one in parts.values())
+    _report.write("filter", seconds, figures, list(kept.values()), {"commit": run["commit"], "parts": parts})
+    return figures
+
+
+def _place(row: dict) -> tuple:
+    return tuple(row.get(key) for key in ("model", "way", "cfg", "concept", "arm", "preset"))

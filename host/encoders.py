@@ -140,6 +140,14 @@ def without(window: Sequence[tuple], positions) -> list[tuple]:
     return [(FILLER, *item[1:]) if position in left_out else item for position, item in enumerate(window)]
 
 
+def alone(window: Sequence[tuple], positions: Iterable[int]) -> list[tuple]:
+    """A window of the same length that holds some tokens of a window as its only words."""
+    frame, kept = [item for item in window if not item[2]], [window[position] for position in positions]
+    before = contents(window)[0]
+    made = [*frame[:before], *kept, *frame[before:]]
+    return made + [frame[-1] if frame else (FILLER, 1.0, 0)] * (len(window) - len(made))
+
+
 class Reader:
     """Reads many windows of one CLIP at once, each by itself and without weights."""
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import filter as ops
-from .encoders import Reader, Seat, Word, brought, contents, ends, seats, windows_of, without, words
+from .encoders import Reader, Seat, Word, alone, brought, contents, ends, seats, windows_of, without, words
 from .poles import POOLED, windowed
 
 OURS, PAPER, RELEASED = "ours", "paper", "released_code"
@@ -25,16 +25,20 @@ ROWS = (OWN, CONTENT, END, ALL_ROWS)
 ORDERS = (OWN, *ops.ORDERS)
 ON, OFF = "on", "off"
 SWITCH = (OWN, ON, OFF)
-GATE = 0.35
+GATE = 0.15
 PUBLISHED_STEPS = 50  # what the published windows count their steps in
 CARRIERS = ("a {}", "a picture of a {}", "{} in the background")
-ALONE, ALONE_COUNTS = "{}", 0.5  # what a word by itself is compared with, and by how much less that counts: it is the rougher test
+ALONE = "{}"  # what a word by itself is compared with: the rougher test, so that
+ALONE_COUNTS, ALONE_COSINE = 0.3, 0.6  # it counts so much of what is heard, from such a cosine on
 # Words of no particular concept. What they have in common, any word brings that stands where a filler could.
 NEUTRAL = ("thing", "place", "house", "water", "person", "time", "light", "hand", "road", "paper", "animal", "food")
-TOGETHER, ENOUGH, FEW = 0.55, 0.8, 5  # the least cosine of what a few words bring together, the least amount, in gates, how many are tried
+BESIDE = 2  # directions beside the mean of these that are left aside as well: with four, concepts themselves begin to be lost
+TOGETHER, LEFT = 0.72, 0.5  # what words that point to a concept together must reach, and the share of that which may be left of them
+LEAST, FEW = 0.03, 8  # the share of a concept that a word must bring to count among these, and how many count
 MOST_CONCEPTS = 200
-COSINE = 0.38  # the least between what a word brings and the concept; words of another meaning stay below .35 on the lab
+COSINE = 0.37  # the least between what a word brings and the concept: words of another meaning seldom reach it, however much they bring
 AGAIN = 0.65  # of the gate: what counts in a text that was found to bring the concept
+FIRST = 0.25  # of what the strongest word brings: weaker ones are read again without it, beside which they may bring nothing
 ROUNDS = 12  # of looking for what is left after words were left out
 
 
@@ -273,7 +277,7 @@ def in_common(reader: Reader, seat: Seat) -> tuple[ops.Span, ops.Span]:
     clip = reader.clip
     known, key = _known(clip, seat), (clip.patcher.patches_uuid, clip.layer_idx, NEUTRAL)
     if key not in known:
-        known[key] = tuple(ops.Span.of(heard.mean(0, keepdim=True)) for heard in directions(reader, seat, NEUTRAL))
+        known[key] = tuple(ops.in_common(heard, BESIDE) for heard in directions(reader, seat, NEUTRAL))
     return known[key]
 
 
@@ -290,9 +294,10 @@ class Ear:
         heard = directions(reader, seat, concepts)
         self.concepts = {key: self.common[key].outside(one) for key, one in zip((CARRIERS, ALONE), heard, strict=True)}
 
-    def amount(self, changes: torch.Tensor, least_cosine: float, alone: bool = False) -> torch.Tensor:
+    def heard(self, changes: torch.Tensor, alone: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, K) shares of the concepts and cosines with them."""
         key = ALONE if alone else CARRIERS
-        return ops.amount_brought(self.common[key].outside(changes), self.concepts[key], least_cosine)
+        return ops.heard(self.common[key].outside(changes), self.concepts[key])
 
 
 def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], gate: float) -> list[Found]:
@@ -314,22 +319,21 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
                 break
             now, groups = without(window, gone), list(left.values())
             places = [{position for word in group for position in word.at} for group in groups]
-            readings = [now, *(without(now, place) for place in places)]
-            if turn == 0:
-                every = set(contents(window))
-                readings += [without(window, every), *(without(window, every - place) for place in places)]
-            rows = reader.rows(seat, readings)[0]
+            rows = reader.rows(seat, [now, *(without(now, place) for place in places)])[0]
             n = len(groups)
             # Words that stand in a text often ("a") change it much when all of them are left out.
             often = torch.tensor([len(group) for group in groups], dtype=torch.float64).sqrt()[:, None]
-            losses = torch.stack([brought(seat, rows[0], less, place) for less, place in zip(rows[1 : n + 1], places, strict=True)])
-            amount = ear.amount(losses, COSINE)
+            losses = torch.stack([brought(seat, rows[0], less, place) for less, place in zip(rows[1:], places, strict=True)])
+            share, cosine = ear.heard(losses)
+            share = share / often
+            amount = torch.where(cosine >= COSINE, share, 0.0)
             if turn == 0:
-                gains = [brought(seat, alone, rows[n + 1], place) for alone, place in zip(rows[n + 2 :], places, strict=True)]
-                amount = torch.maximum(amount, ALONE_COUNTS * ear.amount(torch.stack(gains), COSINE, alone=True))
-            most, which = (amount / often).max(1)
-            hits = [(i, int(which[i]), float(most[i])) for i in range(n) if float(most[i]) >= gate * (AGAIN if turn else 1.0)]
-            hits = hits or _together(reader, seat, ear, rows[0], now, places, ear.amount(losses, 0.0) / often, gate)
+                own, near = ear.heard(_by_themselves(reader, seat, window, [group[0].at for group in groups]), alone=True)
+                amount = torch.maximum(amount, torch.where(near >= ALONE_COSINE, ALONE_COUNTS * own, 0.0))
+            most, which = amount.max(1)
+            least = max(gate * (AGAIN if turn else 1.0), FIRST * float(most.max()))
+            hits = [(i, int(which[i]), float(most[i])) for i in range(n) if float(most[i]) >= least]
+            hits = hits or _together(share, cosine, gate / GATE)
             if not hits:
                 break
             for i, concept, much in hits:
@@ -339,30 +343,30 @@ def find(reader: Reader, seat: Seat, prompt: Prompt, concepts: Sequence[str], ga
     return found
 
 
-def _together(
-    reader: Reader,
-    seat: Seat,
-    ear: Ear,
-    whole: torch.Tensor,
-    window: list[tuple],
-    places: list[set[int]],
-    amount: torch.Tensor,
-    gate: float,
-) -> list[tuple[int, int, float]]:
-    """(group, concept, amount) of the fewest groups of words that together bring the concept that is heard most in single ones (N, K):
-    a text may be made of words none of which stands out.
+def _by_themselves(reader: Reader, seat: Seat, window: list[tuple], words: Sequence[Sequence[int]]) -> torch.Tensor:
+    """(N, D) what each of some words brings that is all the text there is."""
+    first = contents(window)[0]
+    places = [range(first, first + len(word)) for word in words]
+    full = [alone(window, word) for word in words]
+    bare = {len(place): without(one, place) for place, one in zip(places, full, strict=True)}
+    rows = reader.rows(seat, [*full, *bare.values()])[0]
+    empty = dict(zip(bare, rows[len(full) :], strict=True))
+    return torch.stack([brought(seat, one, empty[len(place)], place) for place, one in zip(places, rows, strict=False)])
+
+
+def _together(share: torch.Tensor, cosine: torch.Tensor, scale: float) -> list[tuple[int, int, float]]:
+    """(group, concept, share) of the words (N, K) that bring most of a concept to which a text's words point together, until the others do
+    not: a text may be made of words none of which stands out. scale: of what is enough.
     """
-    concept = int(amount.topk(min(FEW, len(amount)), dim=0).values.sum(0).argmax())
-    order = amount[:, concept].argsort(descending=True)[:FEW].tolist()
-    if len(order) < 2 or float(amount[order, concept].sum()) < ENOUGH * gate:
+    pointing = ops.together(share, cosine, LEAST, FEW)
+    concept = int(pointing.argmax())
+    if float(pointing[concept]) < TOGETHER * scale:
         return []
-    parts = [set().union(*(places[i] for i in order[:many])) for many in range(1, len(order) + 1)]
-    rows = reader.rows(seat, [without(window, part) for part in parts])[0]
-    losses = torch.stack([brought(seat, whole, less, part) for less, part in zip(rows, parts, strict=True)])
-    for many, much in enumerate(ear.amount(losses, TOGETHER)[:, concept].tolist(), 1):
-        if much >= ENOUGH * gate:
-            return [(i, concept, much) for i in order[:many]]
-    return []
+    own, near = share[:, [concept]], cosine[:, [concept]]
+    order, found = (own * near.clamp_min(0)).flatten().argsort(descending=True).tolist(), []
+    while float(ops.together(own[order], near[order], LEAST, FEW)) >= LEFT * TOGETHER * scale:
+        found.append((order[0], concept, float(own[order.pop(0)])))
+    return found
 
 
 def _ours(prompt: Prompt, reader: Reader, concepts, settings: Settings, report: list[str]):

@@ -104,18 +104,31 @@ def steps_as_released(drift: float, most: float = 10.0, middle: float = 5.333, s
     return round(most * _sigmoid(2 * slope * (10 * drift - middle)))
 
 
-def amount_brought(brought: torch.Tensor, concepts: torch.Tensor, least_cosine: float = 0.0) -> torch.Tensor:
-    """(N, K) how much of each concept (K, D), what its own words bring, lies in what N words bring (N, D): 0 to 1 and more. The geometric
-    mean of the length along the concept, in lengths of it, and of the cosine between the two: the first alone is large for whatever
-    changes the prompt much, the second alone for what changes it little. Nothing where the cosine is below `least_cosine`.
+def in_common(vectors: torch.Tensor, more: int) -> Span:
+    """The span of the mean of vectors (K, D) and of the `more` directions beside it in which they lie furthest."""
+    vectors = vectors.double()
+    mean = vectors.mean(0, keepdim=True)
+    _, _, beside = torch.linalg.svd(Span.of(mean).outside(vectors), full_matrices=False)
+    return Span.of(torch.cat([mean, beside[:more]]))
+
+
+def heard(brought: torch.Tensor, concepts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of what N words bring (N, D), against what the own words of K concepts bring (K, D): (N, K) its length along each concept in lengths
+    of it, and the cosine between the two. The first alone is large for whatever changes the prompt much, the second alone for what changes
+    it little.
     """
     tiny = torch.finfo(torch.float64).tiny
     brought, concepts = brought.double(), concepts.double()
-    along = brought @ concepts.T
-    lengths = concepts.norm(dim=1)
-    share = along / lengths.square().clamp_min(tiny)
-    cosine = along / (brought.norm(dim=1)[:, None] * lengths).clamp_min(tiny)
-    return (share.clamp_min(0) * torch.where(cosine >= least_cosine, cosine.clamp_min(0), 0.0)).sqrt()
+    along, lengths = brought @ concepts.T, concepts.norm(dim=1)
+    return along / lengths.square().clamp_min(tiny), along / (brought.norm(dim=1)[:, None] * lengths).clamp_min(tiny)
+
+
+def together(share: torch.Tensor, cosine: torch.Tensor, least: float, most: int) -> torch.Tensor:
+    """(K,) how far N words (N, K) point to a concept together: the sum of squared cosines of the `most` words that point there best, of
+    those that bring at least a share of `least`. Words of other meanings point anywhere, and their squares stay small.
+    """
+    counted = torch.where(share >= least, cosine.clamp_min(0), 0.0)
+    return counted.topk(min(most, len(counted)), dim=0).values.square().sum(0)
 
 
 def taken_out(rows: torch.Tensor, without: torch.Tensor, amount: float) -> torch.Tensor:

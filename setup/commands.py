@@ -64,7 +64,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     benched.add_argument("name", metavar="NAME")
     benched.add_argument("--check", action="store_true", help="re-run a random sample of the committed result")
     benched.add_argument("--size", choices=("sdxl", "flux"), help="regional: time a model of this published size (needs --device cuda)")
-    benched.add_argument("--ours", action="store_true", help="sliders: the shipped sliders alone, without what they are compared with")
+    benched.add_argument(
+        "--ours", action="store_true", help="sliders: the shipped sliders alone; filter, with --again: the arms of ours alone"
+    )
     benched.add_argument(
         "--released", type=Path, metavar="CHECKOUT", help="sliders: the released trainer too, from a clone of its repository"
     )
@@ -146,9 +148,11 @@ def run_benchmark(options) -> int:
         raise SetupError(f"bench {options.name} has no --size; bench regional has.")
     if options.size and options.device == "cpu":
         raise SetupError(f"--size {options.size} times a model of the published size, which needs a GPU: add --device cuda.")
-    for option in ("released", "ours"):
-        if getattr(options, option) and options.name != "sliders":
-            raise SetupError(f"bench {options.name} has no --{option}; bench sliders has.")
+    for option, having in (("released", ("sliders",)), ("ours", ("filter", "sliders"))):
+        if getattr(options, option) and options.name not in having:
+            raise SetupError(
+                f"bench {options.name} has no --{option}; bench {' and bench '.join(having)} {'have' if having[1:] else 'has'}."
+            )
     if options.again and options.name not in IN_PARTS:
         raise SetupError(f"bench {options.name} has no --again; there are parts in: {', '.join(IN_PARTS)}.")
     passed = [*(["--check"] if options.check else []), *(["--size", options.size] if options.size else [])]

@@ -127,13 +127,31 @@ def test_drift():
 
 def test_how_much_of_a_concept_a_word_brings():
     concept, across = torch.eye(D)[0].double() * 3, torch.eye(D)[1].double()
-    told = ops.amount_brought(torch.stack([0.8 * concept, 0 * concept, -concept, 0.8 * concept + 2.4 * across]), concept[None])[:, 0]
-    assert told[:3].tolist() == pytest.approx([math.sqrt(0.8), 0, 0])  # brings .8 of it; nothing; takes some away
-    assert float(told[3]) == pytest.approx(math.sqrt(0.8 * math.sqrt(0.5)))  # as much, and as much of something else
-    assert ops.amount_brought(concept[None], torch.zeros(1, D)).tolist() == [[0.0]]
-    leaning = torch.stack([concept + 3 * across, concept + 3.1 * across])  # 45 degrees and a little more
-    told = ops.amount_brought(leaning, concept[None], least_cosine=math.sqrt(0.5) - 1e-6)[:, 0]
-    assert float(told[0]) == pytest.approx(math.sqrt(math.sqrt(0.5))) and float(told[1]) == 0
+    share, cosine = ops.heard(torch.stack([0.8 * concept, 0 * concept, -concept, 0.8 * concept + 2.4 * across]), concept[None])
+    assert share[:, 0].tolist() == pytest.approx(
+        [0.8, 0, -1, 0.8]
+    )  # brings .8 of it; nothing; takes it away; as much of something else, too
+    assert cosine[:, 0].tolist() == pytest.approx([1, 0, -1, math.sqrt(0.5)])
+    assert [one.tolist() for one in ops.heard(concept[None], torch.zeros(1, D))] == [[[0.0]], [[0.0]]]
+
+
+def test_words_point_to_a_concept_together():
+    """By hand: the two best of three that point there, one that brings too little of it, one that points away, and another concept."""
+    share = torch.tensor([[0.2, 0.2], [0.1, 0.2], [0.3, 0.2], [0.01, 0.2], [-0.5, 0.2]]).double()
+    cosine = torch.tensor([[0.3, 0.0], [0.5, 0.0], [0.4, 0.1], [0.9, 0.0], [-0.9, 0.0]]).double()
+    assert ops.together(share, cosine, 0.03, 2).tolist() == pytest.approx([0.5**2 + 0.4**2, 0.1**2])
+    assert ops.together(share, cosine, 0.03, 8).tolist() == pytest.approx([0.5**2 + 0.4**2 + 0.3**2, 0.1**2])
+    assert ops.together(share[:0], cosine[:0], 0.03, 8).tolist() == [0, 0]
+
+
+def test_what_vectors_have_in_common():
+    """Their mean, and beside it the directions in which they lie furthest."""
+    axes = torch.eye(D)
+    vectors = torch.stack([axes[0] + sign * much * axes[k] for k, much in ((1, 3.0), (2, 2.0), (3, 0.1)) for sign in (1, -1)])
+    for more, inside in ((0, [0]), (1, [0, 1]), (2, [0, 1, 2])):
+        span = ops.in_common(vectors, more)
+        assert span.rank == more + 1
+        assert torch.allclose(span.inside(axes[:4]).norm(dim=1), torch.tensor([float(k in inside) for k in range(4)]).double(), atol=1e-6)
 
 
 def test_taking_out_is_exact_at_its_ends_and_keeps_lengths_beyond():
