@@ -18,6 +18,7 @@ from torch import Tensor
 
 AT_ONCE = 2**25  # logits in one part of the rows
 FLOOR = 1e-12
+ROUNDS = 10
 RIDGE = 2.0  # of colours in units of their own spread
 ALIKE = 1e-3
 
@@ -76,6 +77,17 @@ def log_relative(maps: Tensor) -> Tensor:
     """
     logs = maps.clamp(min=FLOOR).log()
     return logs - logs.mean((-2, -1), keepdim=True)
+
+
+def balanced(logs: Tensor) -> Tensor:
+    """Logarithms of K maps (N, K, h, w), each raised or lowered throughout until all have the same share of the picture in a softmax over
+    them (one side of Sinkhorn's iteration, 1967), by offsets whose mean is 0. FreeFuse (arXiv 2510.23515) balances its masks for the same
+    reason: a map that falls off to both sides competes at a disadvantage.
+    """
+    offsets = torch.zeros_like(logs[..., :1, :1])
+    for _ in range(ROUNDS):
+        offsets = offsets - (logs + offsets).softmax(1).mean((-2, -1), keepdim=True).clamp(min=FLOOR).log()
+    return logs + (offsets - offsets.mean(1, keepdim=True))
 
 
 def led(maps: Tensor, pictures: Tensor) -> Tensor:

@@ -175,6 +175,25 @@ class TestMasks:
         torch.testing.assert_close(at, torch.tensor([13.5, 9.5]), rtol=0, atol=0.6)
 
 
+class TestBalanced:
+    """A softmax over the maps is the oracle: all have the same share of it."""
+
+    def test_all_have_the_same_share(self):
+        logs = random(2, 4, 6, 5)
+        even = maps.balanced(logs)
+        torch.testing.assert_close(even.softmax(1).mean((-2, -1)), torch.full((2, 4), 0.25), rtol=0, atol=1e-3)
+        moved = even - logs
+        torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved))
+        torch.testing.assert_close(moved.mean(1), torch.zeros(2, 6, 5), rtol=0, atol=1e-5)
+
+    def test_a_map_between_two_others_gets_its_third(self):
+        """Slopes to either side are high over more places than what falls off to both."""
+        across = torch.linspace(-1, 1, 30)
+        logs = torch.stack([-2 * across, -2 * across.abs() + 0.6, 2 * across])[None, :, None]
+        won, even = (maps.winners(each)[0, 1].float().mean() for each in (logs, maps.balanced(logs)))
+        assert won < 0.25 < 0.3 < even < 0.36
+
+
 class TestLed:
     """The picture has a square of a colour of its own, and the map only knows about where it is."""
 
