@@ -34,6 +34,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ from ..host import lab as host_lab
 from ..host.regions import Hung, Regions, apply
 from ..lab.characters import WORDS
 from ..lab.eye import Eye, Reading
-from ..ops.regions import Live, Region
+from ..nodes.localize import NEUTRAL
+from ..ops.regions import Region
 from . import _published, _report
 from ._layouts import STEPS, Layout, composite, couple, encode, hooked, identities, loras_of, sample, stacked
 from ._report import Claim, Figure, mean, ratio, share
@@ -122,7 +124,7 @@ def localized(loaded, layout, loras, seeds, **settings) -> Way:
     positive, negative = common(loaded, text)
     regions = Regions()
     for index, name in enumerate(layout.names):
-        live = Live(f"large {WORDS[name]} {layout.place(index)}", **settings)
+        live = replace(NEUTRAL, phrase=f"large {WORDS[name]} {layout.place(index)}", **settings)
         regions = regions.with_region(Region(name, live=live)).with_lora(name, Hung(name, loras[name]))
     return Way(apply(loaded.model, regions, loaded.clip, prompt=text, positive=positive)[0], positive, negative)
 
@@ -241,7 +243,7 @@ def everywhere(loaded, beside: Beside, held) -> Way:
 
 def where_its_words_are(loaded, beside: Beside, held, **settings) -> Way:
     positive, negative = common(loaded, beside.text)
-    live = Live(beside.phrase, **({"background": f"{beside.other}\ngrey background"} | settings))
+    live = replace(NEUTRAL, **({"phrase": beside.phrase, "background": f"{beside.other}\ngrey background"} | settings))
     regions = Regions().with_region(Region(beside.name, live=live))
     for index, (state, strength) in enumerate(held):
         regions = regions.with_lora(beside.name, Hung(str(index), state, strength))

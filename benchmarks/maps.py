@@ -2,11 +2,13 @@
 
 Pictures of two objects that the eye sees as they were asked for; the truth is the silhouettes that the drawing of the scene has where the
 eye sees them. Each object's phrase, colour, noun and place ("red heart on the left"), is bound and drawn as Maps of Words does at its
-defaults. Mean IoU over both objects, picture by picture.
+defaults, with the decoded picture connected. Mean IoU over both objects, picture by picture.
 
     KIND_map_miou             at the defaults, 64 pixels
-    KIND_map_miou_ceiling     of the truth itself, averaged over the cells of the same grid, enlarged the same way, cut at the best height
+    KIND_map_miou_ceiling     of the truth itself, averaged over the cells of the attention's grid, enlarged as maps are, cut at the best
+                              height: the most that the attention alone could give, and no bound where masks follow the picture's edges
     KIND_map_miou_of_ceiling  the one over the other
+    KIND_map_grid_miou, KIND_map_grid_of_ceiling, KIND_map_grid_over_raw   the same without a picture, of the attention alone
     KIND_map_raw_miou         raw attention (DAAM): the noun, all steps and layers captured, enlarged and summed, cut half way up
     KIND_map_raw_best_miou    the same, cut at the height that is best for it on these very pictures
     KIND_map_over_raw, KIND_map_over_raw_best   ours less these, picture by picture
@@ -71,13 +73,16 @@ class Listening(Writer):
 
 
 class Found(NamedTuple):
-    """A picture of two objects: what was captured, its prompt, each object's phrase and noun, and where it is (2, height, width)."""
+    """A picture of two objects (1, height, width, 3): what was captured, its prompt, each object's phrase and noun, and where it is
+    (2, height, width).
+    """
 
     captured: Captured
     text: str
     phrases: tuple[str, ...]
     nouns: tuple[str, ...]
     truth: torch.Tensor
+    picture: torch.Tensor
 
 
 def collect(loaded, eye: Eye, size: int, n: int, seed: int) -> list[Found]:
@@ -89,13 +94,14 @@ def collect(loaded, eye: Eye, size: int, n: int, seed: int) -> list[Found]:
         writers = [Listening(COMPLETE, rng) for _ in range(len(part))]
         texts = [write_captions(part[i : i + 1], writer)[0][0] for i, writer in enumerate(writers)]
         latents = draw_latents(loaded, texts, size=size, seed=seed + at, model=model)
-        captured, readings = maps.captured_with(latents), eye.read(loaded.vae.decode(latents).cpu())
+        captured, pictures = maps.captured_with(latents), loaded.vae.decode(latents).cpu()
+        readings = eye.read(pictures)
         for i, (text, writer, reading) in enumerate(zip(texts, writers, readings, strict=True)):
             truth = silhouettes(part, i, reading)
             if truth is None:
                 continue
             phrases, nouns = zip(*(writer.said[slot] for slot in range(2)), strict=True)
-            found.append(Found(only(captured, i), text, phrases, _numbered(text, phrases, nouns), truth))
+            found.append(Found(only(captured, i), text, phrases, _numbered(text, phrases, nouns), truth, pictures[i : i + 1]))
             if len(found) == n:
                 return found
     raise ValueError(f"Only {len(found)} of {n} pictures hold what was asked for.")
@@ -152,8 +158,9 @@ def rows(loaded, found: Found) -> int:
 
 
 def ours(loaded, found: Found, names: Sequence[str], settings: Settings = Settings()) -> torch.Tensor:  # noqa: B008
-    """(2, height, width) bool: what Maps of Words draws behind a Capture Attention of these layers."""
-    drawn = maps.draw(of_layers(found.captured, names), bound(loaded, found, found.phrases), settings, length=rows(loaded, found))
+    """(2, height, width) bool: what Maps of Words draws behind a Capture Attention of these layers, with the picture connected."""
+    words, length = bound(loaded, found, found.phrases), rows(loaded, found)
+    drawn = maps.draw(of_layers(found.captured, names), words, settings, length=length, pictures=found.picture)
     return drawn.masks[:, 0].bool()
 
 
@@ -185,19 +192,21 @@ def quality(kind: str, loaded, eye: Eye, size: int, n: int) -> tuple[dict[str, F
     names, every = (capture.layers_of(loaded.model.model, choice) for choice in (capture.DEFAULT, capture.ALL))
     truths = [one.truth for one in found]
     truth = torch.stack(truths)
-    mine = iou(torch.stack([ours(loaded, one, names) for one in found]), truth)
+    mine, grid = (iou(torch.stack([ours(loaded, one, names, Settings(edges=edges)) for one in found]), truth) for edges in (True, False))
     # A late block is what published maps of Flux models are read at; of a UNet, DAAM takes all.
     raws = [raw(loaded, one, every if kind == "unet" else names) for one in found]
     plain = iou(torch.stack(raws) > 0.5, truth)
     best_level, best = at_best(raws, truths)
     flat = [perfect(one, names) for one in found]
     level, ceiling = max((at_best(graded, truths) for graded in (flat, [heights(one) for one in flat])), key=lambda one: one[1].mean())
-    over = mine / ceiling.mean()
     tail = "" if size == SIZE else f"_{size}"
     figures = {
         f"{kind}_map_miou{tail}": mean(mine),
         f"{kind}_map_miou_ceiling{tail}": mean(ceiling),
-        f"{kind}_map_miou_of_ceiling{tail}": mean(over),
+        f"{kind}_map_miou_of_ceiling{tail}": mean(mine / ceiling.mean()),
+        f"{kind}_map_grid_miou{tail}": mean(grid),
+        f"{kind}_map_grid_of_ceiling{tail}": mean(grid / ceiling.mean()),
+        f"{kind}_map_grid_over_raw{tail}": mean(grid - plain),
         f"{kind}_map_raw_miou{tail}": mean(plain),
         f"{kind}_map_raw_best_miou{tail}": mean(best),
         f"{kind}_map_over_raw{tail}": mean(mine - plain),
@@ -258,8 +267,10 @@ def table(figures: dict[str, Figure]) -> str:
     """What maps reach, by model and size, as lines of Markdown."""
     titles = {
         "miou": "ours",
-        "miou_ceiling": "ceiling",
         "miou_of_ceiling": "of ceiling",
+        "grid_miou": "without the picture",
+        "grid_of_ceiling": "of ceiling",
+        "miou_ceiling": "ceiling",
         "raw_miou": "raw",
         "raw_best_miou": "raw, best cut",
     }

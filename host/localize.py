@@ -125,11 +125,11 @@ class Masks:
 
 def cut(maps: torch.Tensor, sought: Sequence[Sought], height: int, width: int) -> torch.Tensor:
     """(N, pictures, height, width) in 0..1, from maps (pictures, N + M, h, w) of N phrases and M of their backgrounds. Where several are
-    sought, a place goes to the one whose map is the highest in comparison with itself; soft ones share it. A soft one without rivals is as
-    high as its map.
+    sought, a place goes to the one whose map is the highest in comparison with itself, with all maps balanced; soft ones share it. A soft
+    one without rivals is as high as its map.
     """
     cell = max(1, round(height / maps.shape[-2]))
-    rivals, maps = ops.resized(ops.log_relative(maps), height, width), ops.resized(maps, height, width)
+    rivals, maps = ops.resized(ops.balanced(ops.log_relative(maps)), height, width), ops.resized(maps, height, width)
     (own, mine), others = (part[:, : len(sought)] for part in (maps, rivals)), rivals[:, len(sought) :]
     won, heights, first, found = ops.winners(mine), ops.heights(own), 0, []
     for index, one in enumerate(sought):

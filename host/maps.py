@@ -34,7 +34,9 @@ class Bound(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """grids: FINEST or ALL; start, end: of sampling, in tenths; threshold: one of THRESHOLDS, level: its number."""
+    """grids: FINEST or ALL; start, end: of sampling, in tenths; threshold: one of THRESHOLDS, level: its number; edges: masks follow those
+    of the pictures, where these are given.
+    """
 
     source: str = ATTENTION
     grids: str = FINEST
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
     largest: bool = False
     dilation: int = 0
     entry: int = 1
+    edges: bool = True
 
 
 class Drawn(NamedTuple):
@@ -119,8 +122,11 @@ def draw(
     background: Sequence[Bound] = (),
     length: int | None = None,
     size: tuple[int, int] | None = None,
+    pictures: torch.Tensor | None = None,
 ) -> Drawn:
-    """Masks of phrases at `size`, or that of the picture. length: rows of the prompt, None for concepts. Raises MapsError."""
+    """Masks of phrases at `size`, or that of the pictures (one, or one for each captured; height, width, channels), or of what was sampled.
+    length: rows of the prompt, None for concepts. Raises MapsError.
+    """
     groups = _chosen(captured, settings)
     stages = _stages(settings)
     used = sum(sum(group.calls[stage] for stage in stages) for group in groups)
@@ -137,7 +143,10 @@ def draw(
         raise MapsError(
             f"The prompt in `text` has {length} rows, and what was sampled had {held}: write the text of the positive prompt."
         ) from None
-    maps = ops.resized(maps, *(size or captured.size))
+    maps = ops.resized(maps, *(size or (captured.size if pictures is None else pictures.shape[1:3])))
+    led = pictures is not None and settings.edges
+    if led:
+        maps = torch.cat([ops.led(maps[:, : len(bound)], pictures.expand(len(maps), -1, -1, -1)), maps[:, len(bound) :]], 1)
     masks, heights = cut(maps, len(bound), settings)
     layers = ", ".join(dict.fromkeys(group.layer for group in groups))
     report = [item.told + "." for item in bound]
@@ -153,7 +162,7 @@ def draw(
             report.append(f"With soft, {listed} {'are' if idle[1:] else 'is'} not used.")
     report.append(
         f"Of {sum(captured.calls)} captured calls, those from {settings.start:g} to {settings.end:g} of sampling, in {layers} "
-        f"({settings.source})."
+        f"({settings.source})" + (", along the edges of the picture." if led else ".")
     )
     for item, mask in zip(bound, masks.transpose(0, 1), strict=True):
         report.append(f"'{item.phrase}' covers {float(mask.float().mean()):.0%}.")

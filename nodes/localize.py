@@ -24,7 +24,8 @@ from ._shared import (
 )
 from .regions import LIMIT, REGIONS, checked_name
 
-NEUTRAL = Live()
+# Not Live's own: regions documents leave out what is that, and a start of theirs stays what it was.
+NEUTRAL = Live(start=0.0)
 
 
 class Localize(OfLoraName):
@@ -84,7 +85,7 @@ class Localize(OfLoraName):
                 share_input(
                     "start_percent",
                     NEUTRAL.start,
-                    "Where in sampling the region begins to be there, from 0 (neutral, once the first step has shown it) to 1.",
+                    "Where in sampling the region begins to be there, from 0 (neutral, as soon as the first step has shown it) to 1.",
                 ),
                 share_input("end_percent", NEUTRAL.end, "Where in sampling it ceases to be there, from 0 to 1 (neutral, the last step)."),
                 share_input(

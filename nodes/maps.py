@@ -181,6 +181,15 @@ class Maps(io.ComfyNode):
                     advanced=True,
                     tooltip="Which of several combined positive prompts `text` is, counted from 1 (neutral) in the order of the guider.",
                 ),
+                io.Boolean.Input(
+                    "edges",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "Where image is connected, maps and masks follow its edges: a position counts by how far its colour is from the "
+                        "background's. Neutral: off, or no image; they are then as fine as the attention's grid."
+                    ),
+                ),
             ],
             outputs=[
                 io.Mask.Output("masks", display_name="masks", tooltip="One mask for each phrase and picture, phrase by phrase."),
@@ -208,6 +217,7 @@ class Maps(io.ComfyNode):
         largest=False,
         dilation=0,
         entry=1,
+        edges=True,
     ) -> io.NodeOutput:
         check_numbers(1.0, start_percent, end_percent)
         captured = maps.captured_with(latent["samples"])
@@ -221,8 +231,7 @@ class Maps(io.ComfyNode):
                 f"image holds {len(image)} pictures and the latent {captured.pictures}: they would not lie under their own maps. Connect "
                 "the pictures that this latent was decoded to, or a single one."
             )
-        size = None if image is None else tuple(image.shape[1:3])
-        settings = Settings(source, grids, start_percent, end_percent, threshold, level, largest, dilation, entry)
+        settings = Settings(source, grids, start_percent, end_percent, threshold, level, largest, dilation, entry, bool(edges))
         if source == capture.CONCEPTS:
             bound, others, length = maps.concept_rows(captured, listed), maps.concept_rows(captured, behind), None
         else:
@@ -233,7 +242,7 @@ class Maps(io.ComfyNode):
             length = words.length_of(clip, captured.family, text)
         if threshold == ARGMAX and len(listed) + len(behind) < 2:
             raise MapsError("argmax compares maps: write at least two phrases, or one for the background, or choose another threshold.")
-        drawn = maps.draw(captured, bound, settings, others, length, size)
+        drawn = maps.draw(captured, bound, settings, others, length, pictures=image)
         report = "\n".join(drawn.report)
         colours = overlay(drawn.heights.flatten(0, 1), image, len(listed))
         return io.NodeOutput(drawn.masks.flatten(0, 1), colours, report, ui=ui.PreviewText(report))

@@ -18,6 +18,9 @@ from torch import Tensor
 
 AT_ONCE = 2**25  # logits in one part of the rows
 FLOOR = 1e-12
+ROUNDS = 10
+RIDGE = 2.0  # of colours in units of their own spread
+ALIKE = 1e-3
 
 
 def columns(q: Tensor, k: Tensor, first: int = 0, past: int | None = None, bias: Tensor | None = None) -> Tensor:
@@ -74,6 +77,39 @@ def log_relative(maps: Tensor) -> Tensor:
     """
     logs = maps.clamp(min=FLOOR).log()
     return logs - logs.mean((-2, -1), keepdim=True)
+
+
+def balanced(logs: Tensor) -> Tensor:
+    """Logarithms of K maps (N, K, h, w), each raised or lowered throughout until all have the same share of the picture in a softmax over
+    them (one side of Sinkhorn's iteration, 1967), by offsets whose mean is 0. FreeFuse (arXiv 2510.23515) balances its masks for the same
+    reason: a map that falls off to both sides competes at a disadvantage.
+    """
+    offsets = torch.zeros_like(logs[..., :1, :1])
+    for _ in range(ROUNDS):
+        offsets = offsets - (logs + offsets).softmax(1).mean((-2, -1), keepdim=True).clamp(min=FLOOR).log()
+    return logs + (offsets - offsets.mean(1, keepdim=True))
+
+
+def led(maps: Tensor, pictures: Tensor) -> Tensor:
+    """Maps (N, K, h, w) along the edges of pictures (N, h, w, channels), between their own median and peak.
+
+    What is high in a map has a colour, what is low in all maps has the background's. How far a position's colour is on the way from the one
+    to the other, across what the background varies by itself (Fisher's linear discriminant, 1936), is its share: 0 ... 1. A map becomes
+    that share times the square root of its height; one whose colour is the background's stays as it is.
+    """
+    high = heights(maps).flatten(2)
+    colours = pictures.to(maps).flatten(1, 2)
+    colours = (colours - colours.mean(1, keepdim=True)) / colours.std(1, keepdim=True).clamp(min=1e-6)
+    behind = (1 - high.amax(1, keepdim=True)) ** 2
+    behind = behind / behind.sum(-1, keepdim=True).clamp(min=FLOOR)
+    apart = colours - behind @ colours
+    spread = (behind.transpose(1, 2) * apart).transpose(1, 2) @ apart
+    own = (high**4 @ apart) / (high**4).sum(-1, keepdim=True).clamp(min=FLOOR)
+    across = torch.linalg.solve(spread + RIDGE * torch.eye(spread.shape[-1]).to(spread), own.transpose(1, 2))
+    far = (own * across.transpose(1, 2)).sum(-1, keepdim=True)
+    share = ((apart @ across).transpose(1, 2) / far.clamp(min=FLOOR)).clamp(0, 1)
+    low, peak = maps.flatten(2).median(-1, keepdim=True).values, maps.flatten(2).amax(-1, keepdim=True)
+    return (low + (peak - low) * torch.where(far > ALIKE, share * high.sqrt(), high)).view_as(maps)
 
 
 def resized(maps: Tensor, height: int, width: int) -> Tensor:

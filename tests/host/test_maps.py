@@ -381,6 +381,25 @@ class TestMaps:
         assert 0.03 < masks[0].mean() < 0.3
         assert "'red circle on the left': tokens 3, 4, 5, 6, 7 (one place)" in report
 
+    def test_masks_follow_the_edges_of_the_picture(self, drawn):
+        """Inside a mask the picture has one colour and outside another, more so than by the grid alone; without a picture both agree."""
+        latent, clip, text, picture, _ = drawn
+        phrases = "red circle on the left\nblue square on the right"
+
+        def parted(masks):
+            colours = picture[0].flatten(0, 1)
+            within = [mask.flatten() > 0 for mask in masks]
+            left = ~torch.stack(within).any(0)
+            return sum(colours[one].std(0).mean() * one.float().mean() for one in (*within, left))
+
+        led, _, report = self.run(drawn, phrases)
+        grid, _, plain = self.run(drawn, phrases, edges=False)
+        assert parted(led) < 0.9 * parted(grid)
+        assert "along the edges of the picture." in report and "edges" not in plain
+        for edges in (True, False):
+            masks, _, report = Maps.execute(latent, clip, text, phrases, edges=edges).result
+            assert torch.equal(masks, grid) and report == plain
+
     def test_settings_need_no_new_sampling(self, drawn):
         small, large = (self.run(drawn, "circle", level=level)[0] for level in (0.8, 0.3))
         assert 0 < small.sum() < large.sum()

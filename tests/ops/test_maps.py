@@ -175,6 +175,69 @@ class TestMasks:
         torch.testing.assert_close(at, torch.tensor([13.5, 9.5]), rtol=0, atol=0.6)
 
 
+class TestBalanced:
+    """A softmax over the maps is the oracle: all have the same share of it."""
+
+    def test_all_have_the_same_share(self):
+        logs = random(2, 4, 6, 5)
+        even = maps.balanced(logs)
+        torch.testing.assert_close(even.softmax(1).mean((-2, -1)), torch.full((2, 4), 0.25), rtol=0, atol=1e-3)
+        moved = even - logs
+        torch.testing.assert_close(moved, moved[..., :1, :1].expand_as(moved))
+        torch.testing.assert_close(moved.mean(1), torch.zeros(2, 6, 5), rtol=0, atol=1e-5)
+
+    def test_a_map_between_two_others_gets_its_third(self):
+        """Slopes to either side are high over more places than what falls off to both."""
+        across = torch.linspace(-1, 1, 30)
+        logs = torch.stack([-2 * across, -2 * across.abs() + 0.6, 2 * across])[None, :, None]
+        won, even = (maps.winners(each)[0, 1].float().mean() for each in (logs, maps.balanced(logs)))
+        assert won < 0.25 < 0.3 < even < 0.36
+
+
+class TestLed:
+    """The picture has a square of a colour of its own, and the map only knows about where it is."""
+
+    @pytest.fixture
+    def square(self):
+        truth = torch.zeros(48, 48, dtype=torch.bool)
+        truth[10:26, 18:34] = True
+        rows, columns = torch.arange(48.0)[:, None], torch.arange(48.0)[None]
+        blob = (-((rows - 20) ** 2 + (columns - 24) ** 2) / 150).exp()
+        picture = torch.where(truth[..., None], torch.tensor([0.9, 0.2, 0.1]), torch.tensor([0.5, 0.6, 0.5])) + 0.03 * random(48, 48, 3)
+        return truth, blob[None, None], picture[None]
+
+    def test_a_blob_becomes_what_is_there(self, square):
+        truth, blob, picture = square
+
+        def overlap(found):
+            mask = maps.heights(found)[0, 0] > 0.6
+            return float((mask & truth).sum() / (mask | truth).sum())
+
+        assert overlap(blob) < 0.65 < 0.8 < overlap(maps.led(blob, picture))
+
+    def test_stays_between_median_and_peak_and_knows_no_other_picture(self, square):
+        _, blob, picture = square
+        both = torch.cat([3 * blob + 2, random(1, 1, 48, 48)]), torch.cat([picture, random(1, 48, 48, 3, seed=5)])
+        found = maps.led(*both)
+        torch.testing.assert_close(found[:1], 3 * maps.led(blob, picture) + 2)
+        assert (found >= both[0].flatten(2).median(-1).values[..., None, None]).all()
+        assert (found.amax((-2, -1)) <= both[0].amax((-2, -1))).all()
+
+    def test_colours_may_be_in_any_unit(self, square):
+        _, blob, picture = square
+        torch.testing.assert_close(maps.led(blob, 40 * picture - 7), maps.led(blob, picture), rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("value", [0.0, 0.5])
+    def test_a_picture_without_edges_leads_nowhere(self, square, value):
+        blob = square[1]
+        led = maps.led(blob, torch.full((1, 48, 48, 3), value))
+        torch.testing.assert_close(maps.heights(led), maps.heights(blob))
+
+    def test_a_map_without_a_peak_stays(self, square):
+        flat = torch.full((1, 2, 48, 48), 0.3)
+        assert torch.equal(maps.led(flat, square[2]), flat)
+
+
 def test_overlay_over_pictures_phrase_by_phrase():
     heights = torch.zeros(6, 4, 5)
     heights[4, 1, 2] = 1.0
