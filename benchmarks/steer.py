@@ -370,8 +370,8 @@ class Dose(NamedTuple):
 
 
 def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
-    """The least of TRIED at which all but one in twenty of some other texts' pictures hold the concept, or the greatest; found by halving, as if
-    more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
+    """The least of TRIED at which all but one in twenty of some other texts' pictures hold the concept, or the greatest; found by halving,
+    as if more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
     """
     texts = open_captions(concept, TRIALS, SEED + 3)
 
