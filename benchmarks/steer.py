@@ -74,9 +74,9 @@ LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(step / 8 for step in range(9))  # of the full strength
-FULL, TRIED = 0.95, tuple(0.25 * step for step in range(1, 9))  # share of other texts' pictures that hold a concept at its full strength
+FULL, TRIED = 0.8 * SURE, tuple(step / 8 for step in range(1, 17))  # log-odds on average, of other texts, that a full strength brings
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
-GATED, DOSED, TRIALS = 50, 10, 20  # texts a concept: at the gate; of ours in doses; that its full strength is found on
+GATED, DOSED, TRIALS = 50, 10, 12  # texts a concept: at the gate; of ours in doses; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -370,14 +370,14 @@ class Dose(NamedTuple):
 
 
 def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
-    """The least of TRIED at which all but one in twenty of some other texts' pictures hold the concept, or the greatest; found by halving,
-    as if more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
+    """The least of TRIED at which other texts' pictures hold the concept surely, or the greatest; found by halving, as if more always held
+    more. Beyond it there is no more to come, and what is told of pictures is noise.
     """
     texts = open_captions(concept, TRIALS, SEED + 3)
 
     def full(strength: float) -> bool:
         readings = shipped.eye.read(draw(shipped, steers(strength), texts, SEED + 3000))
-        return sum(holds(concept, one) for one in readings) >= FULL * len(texts)
+        return sum(max(-SURE, min(SURE, amount(concept, one))) for one in readings) >= FULL * len(texts)
 
     return TRIED[min(bisect.bisect_left(TRIED, True, key=full), len(TRIED) - 1)]
 
