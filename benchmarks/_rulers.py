@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..lab.attributes import SURE
 from ..lab.concepts import CONCEPTS, amount, holds, index_of, with_concept
 from ..lab.eye import Eye, Reading
 from ..lab.scenes import COLOUR_RGB, COLOURS, FILLS, KINDS, MAX_OBJECTS, STYLES, Scenes, render
@@ -34,13 +33,6 @@ def amounts(concept: str, pictures: torch.Tensor, eyes: Sequence[Eye]) -> torch.
     kind = CONCEPTS[concept]
     told = {"shape": _odds, "colour": _nearness}.get(kind, _drawn)(concept, pictures, readings, eyes)
     return told.double().T
-
-
-def span(concept: str, told: torch.Tensor) -> torch.Tensor:
-    """(n,) share of its range that lies between the outermost strengths of amounts (n, K); a shape's is from surely not to surely."""
-    if CONCEPTS[concept] != "shape":
-        return told[:, -1] - told[:, 0]
-    return (told[:, -1].clamp(-SURE, SURE) - told[:, 0].clamp(-SURE, SURE)) / (2 * SURE)
 
 
 def _odds(concept: str, pictures: torch.Tensor, readings: Sequence[Reading], eyes: Sequence[Eye]) -> torch.Tensor:

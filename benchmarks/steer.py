@@ -13,7 +13,7 @@ twelve concepts found in them. The eye says what is drawn.
     gate_passed       texts with the concept that the gate lets through to be steered
     spearman_min      rank correlation of strength and how much of the concept there is (_rulers), mean over seeds, over nine strengths of
                       add on the text, the worst concept; spearman: of all
-    span_min          how far that goes between the outermost strengths, of its range, the worst concept
+    span_min          how far the concept's log-odds go between the outermost strengths, of their range, the worst concept
     dose_validity     valid pictures at strength 0 less those at the worst strength, text
     model_spearman    rank correlation inside the model
     concepts_above_random      concepts in which ours erases and adds more than random latents of equal length
@@ -356,6 +356,11 @@ class Dose(NamedTuple):
     valid: torch.Tensor
     told: torch.Tensor
 
+    @property
+    def spans(self) -> torch.Tensor:
+        """(N,) of the log-odds' range, from surely not to surely."""
+        return (self.amount[:, -1].clamp(-SURE, SURE) - self.amount[:, 0].clamp(-SURE, SURE)) / (2 * SURE)
+
     def first(self, n: int) -> Dose:
         return self._replace(amount=self.amount[:n], distance=self.distance[:n], valid=self.valid[:n])
 
@@ -429,7 +434,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
                 {
                     "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": some, "full": full,
                     "seeds": len(told.told), "spearman": round(float(spearman(told.told).mean()), 4),
-                    "span": round(float(_rulers.span(concept, told.told).mean()), 4),
+                    "span": round(float(told.spans.mean()), 4),
                     "told": [round(value, 3) for value in told.told.mean(0).tolist()],
                     "amount": [round(value, 3) for value in told.amount.clamp(-SURE, SURE).mean(0).tolist()],
                     "distance": [round(value, 4) for value in told.distance.mean(0).tolist()],
@@ -452,7 +457,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
     figures = {
         "spearman": ranked("ours"),
         "spearman_min": min(ranks("ours")),
-        "span_min": min(mean(_rulers.span(concept, one.told)) for concept, one in dosed["ours"].items()),
+        "span_min": min(mean(one.spans) for one in dosed["ours"].values()),
         "dose_validity": lost("ours"),
     }
     if not sample:
