@@ -7,8 +7,7 @@ ranked by noise. So each kind of concept is measured by what it is in a picture:
     colour       1 less the distance of the object's mean colour from the named one, over that distance without the concept
     fill, style  of the drawn difference: <x - a, b - a> / |b - a|^2 of a picture x, a and b the scene drawn without the concept and with it
 
-The scene is what the first eye reads in the picture without the concept, the object's place where most of a seed's pictures differ from
-their background. Seeds whose picture holds the concept already are left out.
+The scene is what the first eye reads in the picture without the concept. Seeds whose picture holds the concept already are left out.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..lab.attributes import SURE
 from ..lab.concepts import CONCEPTS, amount, holds, index_of, with_concept
 from ..lab.eye import Eye, Reading
 from ..lab.scenes import COLOUR_RGB, COLOURS, FILLS, KINDS, MAX_OBJECTS, STYLES, Scenes, render
 
-APART = 0.2  # of a channel, from which on a pixel is not background
-OFTEN = 0.3  # of the strengths at which a pixel must be the object's
+OBJECT = 0.3  # of the most that a pixel is apart from the background, from which on it is the object's
 
 
 def amounts(concept: str, pictures: torch.Tensor, eyes: Sequence[Eye]) -> torch.Tensor:
@@ -36,13 +33,6 @@ def amounts(concept: str, pictures: torch.Tensor, eyes: Sequence[Eye]) -> torch.
     kind = CONCEPTS[concept]
     told = {"shape": _odds, "colour": _nearness}.get(kind, _drawn)(concept, pictures, readings, eyes)
     return told.double().T
-
-
-def span(concept: str, told: torch.Tensor) -> torch.Tensor:
-    """(n,) share of its range that lies between the outermost strengths of amounts (n, K); a shape's is from surely not to surely."""
-    if CONCEPTS[concept] != "shape":
-        return told[:, -1] - told[:, 0]
-    return (told[:, -1].clamp(-SURE, SURE) - told[:, 0].clamp(-SURE, SURE)) / (2 * SURE)
 
 
 def _odds(concept: str, pictures: torch.Tensor, readings: Sequence[Reading], eyes: Sequence[Eye]) -> torch.Tensor:
@@ -62,8 +52,9 @@ def _moved(pictures: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _nearness(concept: str, pictures: torch.Tensor, readings: Sequence[Reading], eyes: Sequence[Eye]) -> torch.Tensor:
     grounds = torch.tensor([one.background for one in readings])[:, None, None, None]
-    place = ((pictures - grounds).abs().amax(-1, keepdim=True) > APART).float().mean(0) > OFTEN  # (n, H, W, 1)
-    colours = (pictures * place).sum((2, 3)) / place.sum((1, 2)).clamp_min(1)
+    apart = (pictures - grounds).abs().amax(-1, keepdim=True)  # (K, n, H, W, 1)
+    place = apart > OBJECT * apart.amax((2, 3), keepdim=True)
+    colours = (pictures * place).sum((2, 3)) / place.sum((2, 3)).clamp_min(1)
     distances = (colours - torch.tensor(COLOUR_RGB[index_of(concept)])).norm(dim=-1)
     return 1 - distances / distances[0]
 

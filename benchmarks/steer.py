@@ -13,7 +13,7 @@ twelve concepts found in them. The eye says what is drawn.
     gate_passed       texts with the concept that the gate lets through to be steered
     spearman_min      rank correlation of strength and how much of the concept there is (_rulers), mean over seeds, over nine strengths of
                       add on the text, the worst concept; spearman: of all
-    span_min          how far that goes between the outermost strengths, of its range, the worst concept
+    span_min          how far the concept's log-odds go between the outermost strengths, of their range, the worst concept
     dose_validity     valid pictures at strength 0 less those at the worst strength, text
     model_spearman    rank correlation inside the model
     concepts_above_random      concepts in which ours erases and adds more than random latents of equal length
@@ -74,9 +74,9 @@ LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(step / 8 for step in range(9))  # of the full strength
-FULL, TRIED = 0.9, tuple(0.25 * step for step in range(1, 9))  # share of other texts' pictures that hold a concept at its full strength
+FULL, TRIED = 0.8 * SURE, tuple(step / 8 for step in range(1, 17))  # log-odds on average, of other texts, that a full strength brings
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
-GATED, DOSED, TRIALS = 50, 10, 10  # texts a concept: at the gate; of ours in doses; that its full strength is found on
+GATED, DOSED, TRIALS = 50, 10, 12  # texts a concept: at the gate; of ours in doses; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -356,6 +356,11 @@ class Dose(NamedTuple):
     valid: torch.Tensor
     told: torch.Tensor
 
+    @property
+    def spans(self) -> torch.Tensor:
+        """(N,) of the log-odds' range, from surely not to surely."""
+        return (self.amount[:, -1].clamp(-SURE, SURE) - self.amount[:, 0].clamp(-SURE, SURE)) / (2 * SURE)
+
     def first(self, n: int) -> Dose:
         return self._replace(amount=self.amount[:n], distance=self.distance[:n], valid=self.valid[:n])
 
@@ -370,14 +375,14 @@ class Dose(NamedTuple):
 
 
 def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]) -> float:
-    """The least of TRIED at which all but a tenth of some other texts' pictures hold the concept, or the greatest; found by halving, as if
-    more always held more. Beyond it there is no more to come, and what is told of pictures is noise.
+    """The least of TRIED at which other texts' pictures hold the concept surely, or the greatest; found by halving, as if more always held
+    more. Beyond it there is no more to come, and what is told of pictures is noise.
     """
     texts = open_captions(concept, TRIALS, SEED + 3)
 
     def full(strength: float) -> bool:
         readings = shipped.eye.read(draw(shipped, steers(strength), texts, SEED + 3000))
-        return sum(holds(concept, one) for one in readings) >= FULL * len(texts)
+        return sum(max(-SURE, min(SURE, amount(concept, one))) for one in readings) >= FULL * len(texts)
 
     return TRIED[min(bisect.bisect_left(TRIED, True, key=full), len(TRIED) - 1)]
 
@@ -429,7 +434,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
                 {
                     "part": "dose", "model": shipped.kind, "concept": concept, "arm": arm, "n": some, "full": full,
                     "seeds": len(told.told), "spearman": round(float(spearman(told.told).mean()), 4),
-                    "span": round(float(_rulers.span(concept, told.told).mean()), 4),
+                    "span": round(float(told.spans.mean()), 4),
                     "told": [round(value, 3) for value in told.told.mean(0).tolist()],
                     "amount": [round(value, 3) for value in told.amount.clamp(-SURE, SURE).mean(0).tolist()],
                     "distance": [round(value, 4) for value in told.distance.mean(0).tolist()],
@@ -452,7 +457,7 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
     figures = {
         "spearman": ranked("ours"),
         "spearman_min": min(ranks("ours")),
-        "span_min": min(mean(_rulers.span(concept, one.told)) for concept, one in dosed["ours"].items()),
+        "span_min": min(mean(one.spans) for one in dosed["ours"].values()),
         "dose_validity": lost("ours"),
     }
     if not sample:
