@@ -164,7 +164,11 @@ def run_parts(
     parser.add_argument("--again", nargs="+", choices=parts, default=parts)
     options = parser.parse_args(argv)
     if options.check:
-        figures, _ = measure(True, [part for part in parts if part in committed(name)["parts"]])
+        known = [part for part in parts if part in committed(name).get("parts", {})]
+        figures = measure(True, known)[0] if known else {}
+        if not figures:
+            print(f"Nothing of bench {name} is committed that a sample could check.")
+            return 1
         return check(name, figures)
     before, figures = commit(), {}
     for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has

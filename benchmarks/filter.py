@@ -482,7 +482,7 @@ def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) ->
     if part == ADAPTIVE:
         figures |= compared(list(kept.values()))
     parts = committed.get("parts", {}) | {part: run}
-    seconds = committed["seconds"] if "seconds" in committed else sum(one["seconds"] for one in parts.values())
+    seconds = sum(one["seconds"] for one in parts.values())
     _report.write("filter", seconds, figures, list(kept.values()), {"commit": run["commit"], "parts": parts})
     return figures
 

@@ -24,6 +24,7 @@ HEADER = "concept_features"
 VERSION = 1
 NUMBERS = ("directions", "weights", "unit", "mean", "sigmas", "positive", "negative")
 WORDS = ("name", "family", "site", "io", "gate", "whole", "fingerprint", "prompts", "likeness", "telling")
+BEST = 2  # latents that the gate of older files counts
 SAMPLE = 64  # numbers of each weight that a fingerprint reads
 DAMAGED = (SafetensorError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
 
@@ -211,6 +212,8 @@ def _of(told: dict, tensors: dict[str, torch.Tensor]) -> Features:
         readers = Readers(*(tensors.pop(f"readers.{name}").float() for name in Readers._fields))
     tensors = {key: tensor.long() if key == "positions" else tensor.float() for key, tensor in tensors.items()}
     prompts = tuple(tuple(map(str, side)) for side in told["prompts"])
+    if readers is not None:
+        told = {"telling": min(BEST, len(readers.bias))} | told
     return Features(**(told | {"prompts": prompts}), **tensors, readers=readers)
 
 

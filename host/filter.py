@@ -273,7 +273,7 @@ def _known(clip, seat: Seat) -> dict:
 
 
 def in_common(reader: Reader, seat: Seat) -> tuple[ops.Span, ops.Span]:
-    """The direction in which any word changes an encoder's rows, twice as `directions`: the mean over words of no particular concept."""
+    """The directions in which any word changes an encoder's rows, twice as `directions`: what words of no particular concept share."""
     clip = reader.clip
     known, key = _known(clip, seat), (clip.patcher.patches_uuid, clip.layer_idx, NEUTRAL)
     if key not in known:

@@ -47,7 +47,7 @@ class Settings(NamedTuple):
     largest: bool = False
     dilation: int = 0
     entry: int = 1
-    edges: bool = True
+    edges: bool = False
 
 
 class Drawn(NamedTuple):

@@ -61,16 +61,16 @@ class NormAct:
 
 
 class NormEffect(Effect):
-    """A place brought to a scale of its own: by `amount`, from 0 to 1."""
+    """A place brought to a scale of its own: by `amount`, from 0 to 1, in a window of sampling."""
 
     text = "none"
 
-    def __init__(self, name: str, model, place: Place, amount: float):
+    def __init__(self, name: str, model, place: Place, amount: float, start: float = 0.0, end: float = 1.0):
         super().__init__(name, {norm: NormPart() for norm in norms_of(model)})
-        self.place, self.amount = place, amount
+        self.place, self.amount, self.start, self.end = place, amount, start, end
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
-        factor = course(model_sampling, 0.0, 1.0)
+        factor = course(model_sampling, self.start, self.end)
         return lambda call: self.amount * factor(call)
 
 

@@ -344,7 +344,8 @@ def apply(
             continue
         places.append(turns[0][0])
         # A place of its own, which no text has and which stays through all turns.
-        alone.append((f"'{region.name}': a scale of its own", place_of(index)))
+        window = (0.0, 1.0) if live is None else (live.live.start, live.live.end)
+        alone.append((f"'{region.name}': a scale of its own", place_of(index), *window))
         parts += [place for place, _, _ in turns]
         prompted += bool(_wanted(own))
         much = f"{share:.0%} of the picture" if live is None else "found while sampling" + (f", within {share:.0%}" if share < 1 else "")
@@ -360,7 +361,7 @@ def apply(
         effects.append(IsolationEffect(places, isolation, isolation_end))
         lines.append(f"Regions see less of one another: {isolation:g} off the logits between them, until {isolation_end:g} of sampling.")
     if own_scale > 0 and norms_of(patcher.model):
-        effects += [NormEffect(name, patcher.model, place, own_scale) for name, place in alone]
+        effects += [NormEffect(name, patcher.model, place, own_scale, *window) for name, place, *window in alone]
         lines.append(f"Each region is brought to a scale of its own by {own_scale:g} in {len(norms_of(patcher.model))} normalisations.")
     elif own_scale > 0:
         lines.append(f"own_scale: nothing done, no layer of {family.name} brings all of the picture to one scale.")

@@ -188,6 +188,11 @@ def _found(file: SAEFile, reading: Reading, positive: Codes, negative: Codes, wi
     unit = tables[0].mean(0) if wish.unit == MEAN else positive.most[..., chosen].amax((0, 1))
     averages = [table.mean(0) for table in tables]
     weights = own_share(*averages)
+    if not bool(weights.any()):
+        raise FeaturesError(
+            f"The latents that {wish.score} finds at {site} are as busy without the concept as with it: steering them would do nothing. "
+            "Write prompts that differ in the concept alone, or take another score."
+        )
     features = Features(
         name=wish.name,
         family="",

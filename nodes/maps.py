@@ -217,7 +217,7 @@ class Maps(io.ComfyNode):
         largest=False,
         dilation=0,
         entry=1,
-        edges=True,
+        edges=False,
     ) -> io.NodeOutput:
         check_numbers(1.0, start_percent, end_percent)
         captured = maps.captured_with(latent["samples"])

@@ -95,7 +95,8 @@ def led(maps: Tensor, pictures: Tensor) -> Tensor:
 
     What is high in a map has a colour, what is low in all maps has the background's. How far a position's colour is on the way from the one
     to the other, across what the background varies by itself (Fisher's linear discriminant, 1936), is its share: 0 ... 1. A map becomes
-    that share times the square root of its height; one whose colour is the background's stays as it is.
+    that share times the square root of its height; one whose colour is the background's stays as it is, and so does all that lies below a
+    map's median.
     """
     high = heights(maps).flatten(2)
     colours = pictures.to(maps).flatten(1, 2)
@@ -109,7 +110,8 @@ def led(maps: Tensor, pictures: Tensor) -> Tensor:
     far = (own * across.transpose(1, 2)).sum(-1, keepdim=True)
     share = ((apart @ across).transpose(1, 2) / far.clamp(min=FLOOR)).clamp(0, 1)
     low, peak = maps.flatten(2).median(-1, keepdim=True).values, maps.flatten(2).amax(-1, keepdim=True)
-    return (low + (peak - low) * torch.where(far > ALIKE, share * high.sqrt(), high)).view_as(maps)
+    below = (maps.flatten(2) - low).clamp(max=0)
+    return (low + below + (peak - low) * torch.where(far > ALIKE, share * high.sqrt(), high)).view_as(maps)
 
 
 def resized(maps: Tensor, height: int, width: int) -> Tensor:

@@ -392,8 +392,8 @@ class TestMaps:
             left = ~torch.stack(within).any(0)
             return sum(colours[one].std(0).mean() * one.float().mean() for one in (*within, left))
 
-        led, _, report = self.run(drawn, phrases)
-        grid, _, plain = self.run(drawn, phrases, edges=False)
+        led, _, report = self.run(drawn, phrases, edges=True)
+        grid, _, plain = self.run(drawn, phrases)
         assert parted(led) < 0.9 * parted(grid)
         assert "along the edges of the picture." in report and "edges" not in plain
         for edges in (True, False):

@@ -1,6 +1,7 @@
 """Apply Regions and its list: areas, tiles, isolation, words of their own, and every way to get it wrong."""
 
 import math
+from types import SimpleNamespace
 
 import comfy.hooks
 import folder_paths
@@ -15,7 +16,7 @@ import nodes
 from concept_nodes.host import adapters, files, lab, run_record
 from concept_nodes.host.cross import SelfAct
 from concept_nodes.host.dispatcher import attach
-from concept_nodes.host.norms import norms_of
+from concept_nodes.host.norms import NormEffect, norms_of
 from concept_nodes.host.places import Place, group
 from concept_nodes.host.regions import Hung, IsolationEffect, Regions, RegionsError
 from concept_nodes.nodes.regions import RegionLoRA, RegionNode, RegionsApply, RegionsToMasks
@@ -302,8 +303,15 @@ class TestOwnScale:
     def test_areas_and_batches_run(self, unet, regions):
         placed = put(unet, regions, own_scale=1.0)
         areas = drawn(placed, TestAreas().entries(unet), models.conditioning(unet, 20))
-        assert areas.isfinite().all() and "normalisations" not in told(areas)
+        assert areas.isfinite().all() and "other tokens" not in told(areas)
         assert models.sample(placed, batch=2).isfinite().all()
+
+    def test_it_has_a_window(self, unet):
+        """That of a region which is found while sampling; outside of it the region is nowhere."""
+        sampling_of = unet.get_model_object("model_sampling")
+        strength = NormEffect("x", unet.model, Place(lambda *_: None), 0.5, 0.5, 0.75).strengths(sampling_of)
+        calls = [SimpleNamespace(sigma=float(sampling_of.percent_to_sigma(percent))) for percent in (0.2, 0.6, 0.9)]
+        assert [strength(call) for call in calls] == [0.0, 0.5, 0.0]
 
     def test_no_call_is_added_and_the_modules_are_as_they_were(self, unet, regions):
         before = {name: unet.model.get_submodule(name).forward for name in norms_of(unet.model)}
