@@ -33,7 +33,7 @@ ALONE_COUNTS, ALONE_COSINE = 0.3, 0.6  # it counts so much of what is heard, fro
 # Words of no particular concept. What they have in common, any word brings that stands where a filler could.
 NEUTRAL = ("thing", "place", "house", "water", "person", "time", "light", "hand", "road", "paper", "animal", "food")
 BESIDE = 2  # directions beside the mean of these that are left aside as well: with four, concepts themselves begin to be lost
-TOGETHER, LEFT = 0.72, 0.5  # what words that point to a concept together must reach, and the share of that which may be left of them
+TOGETHER, LEFT = 0.66, 0.5  # what words that point to a concept together must reach, and the share of that which may be left of them
 LEAST, FEW = 0.03, 8  # the share of a concept that a word must bring to count among these, and how many count
 MOST_CONCEPTS = 200
 COSINE = 0.37  # the least between what a word brings and the concept: words of another meaning seldom reach it, however much they bring
