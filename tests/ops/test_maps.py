@@ -215,12 +215,15 @@ class TestLed:
 
         assert overlap(blob) < 0.65 < 0.8 < overlap(maps.led(blob, picture))
 
-    def test_stays_between_median_and_peak_and_knows_no_other_picture(self, square):
+    def test_keeps_what_lies_below_the_median_stays_below_the_peak_and_knows_no_other_picture(self, square):
         _, blob, picture = square
         both = torch.cat([3 * blob + 2, random(1, 1, 48, 48)]), torch.cat([picture, random(1, 48, 48, 3, seed=5)])
         found = maps.led(*both)
         torch.testing.assert_close(found[:1], 3 * maps.led(blob, picture) + 2)
-        assert (found >= both[0].flatten(2).median(-1).values[..., None, None]).all()
+        low = both[0].flatten(2).median(-1).values[..., None, None]
+        below = both[0] < low
+        torch.testing.assert_close(found[below], both[0][below])
+        assert below.any() and (found >= low)[~below].all()
         assert (found.amax((-2, -1)) <= both[0].amax((-2, -1))).all()
 
     def test_colours_may_be_in_any_unit(self, square):
