@@ -70,13 +70,14 @@ from .sliders import spearman
 
 log = logging.getLogger("concept_nodes.bench")
 SIZE, STEPS, CFG, SEED = 64, 12, 4.0, 61_000
+DOSED_AT = 64_000  # seed of the texts and noises of doses: rulers and ranges were settled on others
 LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(step / 8 for step in range(9))  # of the full strength
 FULL, TRIED = 0.8 * SURE, tuple(step / 8 for step in range(1, 17))  # log-odds on average, of other texts, that a full strength brings
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
-GATED, DOSED, TRIALS = 50, 10, 12  # texts a concept: at the gate; of ours in doses; that its full strength is found on
+GATED, DOSED, TRIALS = 50, 20, 12  # texts a concept: at the gate; of ours in doses; that its full strength is found on
 INSIDE = ("circle", "red", "striped", "neon")  # whose doses are measured inside the model, and on the DiT
 ON_DIT = (*INSIDE, "star", "blue")
 PARTS = ("autoencoders", "gate", "erase", "dose", "dit", "cost")
@@ -347,19 +348,21 @@ def measure_gate(shipped: Shipped, n: int) -> tuple[dict[str, Figure], list[dict
 
 
 class Dose(NamedTuple):
-    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity; and of n
-    of them how much of the concept there is by its ruler. Past SURE log-odds are all one.
+    """Of N pictures at every strength: the concept's log-odds, distance to the picture at 0 (mean of a pixel's change), validity; and of
+    those n of them that do not hold it at 0 (fresh) how much of the concept there is by its ruler. Past SURE log-odds are all one.
     """
 
     amount: torch.Tensor
     distance: torch.Tensor
     valid: torch.Tensor
     told: torch.Tensor
+    fresh: list[int]
 
     @property
     def spans(self) -> torch.Tensor:
-        """(N,) of the log-odds' range, from surely not to surely."""
-        return (self.amount[:, -1].clamp(-SURE, SURE) - self.amount[:, 0].clamp(-SURE, SURE)) / (2 * SURE)
+        """(n,) of the log-odds' range, from surely not to surely."""
+        amount = self.amount[self.fresh].clamp(-SURE, SURE)
+        return (amount[:, -1] - amount[:, 0]) / (2 * SURE)
 
     def first(self, n: int) -> Dose:
         return self._replace(amount=self.amount[:n], distance=self.distance[:n], valid=self.valid[:n])
@@ -389,13 +392,14 @@ def full_strength(shipped: Shipped, concept: str, steers: Callable[[float], Way]
 
 def dose(shipped: Shipped, concept: str, steers: Callable[[float], Way], texts: Sequence[str], zero: torch.Tensor, full: float) -> Dose:
     """At DOSES of the full strength. zero: the texts' pictures at strength 0."""
-    pictures = [draw(shipped, steers(full * part), texts, SEED + 2000) if part else zero for part in DOSES]
+    pictures = [draw(shipped, steers(full * part), texts, DOSED_AT) if part else zero for part in DOSES]
     readings = [shipped.eye.read(one) for one in pictures]
     return Dose(
         torch.tensor([[amount(concept, one) for one in many] for many in readings], dtype=torch.float64).T,
         torch.stack([(one - zero).abs().flatten(1).mean(1) for one in pictures], 1).double(),
         torch.tensor([[one.valid > 0.5 for one in many] for many in readings]).T,
         _rulers.amounts(concept, torch.stack(pictures), (shipped.eye, shipped.second)),
+        _rulers.without(concept, readings[0]),
     )
 
 
@@ -424,8 +428,8 @@ def measure_doses(shipped: Shipped, n: int, sample: bool, prefix: str = "", conc
             own = {way: shipped.features(concept, way, shipped.kind) for way in (LATENTS, DENSE)}
             for arm, found in {"ours model": own[LATENTS], "dense model": own[DENSE]}.items():
                 steers[arm] = lambda strength, found=found: in_model(shipped, found, strength, ADD)
-        texts = open_captions(concept, n, SEED + 2)
-        zero, fulls = draw(shipped, plain(shipped), texts, SEED + 2000), {}
+        texts = open_captions(concept, n, DOSED_AT)
+        zero, fulls = draw(shipped, plain(shipped), texts, DOSED_AT), {}
         for arm, steer in steers.items():
             full = fulls["ours"] if arm == "random" else fulls.setdefault(arm, full_strength(shipped, concept, steer))
             some = n if arm == "ours" else min(n, FEW)

@@ -149,12 +149,18 @@ class TestBenchmark:
 
         def dose(slope: float, cost: float) -> bench.Dose:
             drawn = torch.ones(6, 9, dtype=torch.bool)
-            return bench.Dose(slope * strengths * spread, cost * strengths.abs() * spread, drawn, torch.zeros(6, 9))
+            return bench.Dose(slope * strengths * spread, cost * strengths.abs() * spread, drawn, torch.zeros(6, 9), list(range(6)))
 
         assert bench.lead(dose(1, 1), dose(2, 2)).value == pytest.approx(0.0, abs=1e-6)
         better = bench.lead(dose(2, 1), dose(1, 1))
         assert better.low > 0 and better.value == pytest.approx(17 / 32, rel=1e-6)
         assert bench.lead(dose(1, 1), dose(2, 1)).high < 0
+
+    def test_spans_are_of_what_does_not_hold_it_yet(self):
+        amount = torch.linspace(-bench.SURE, 2 * SURE, 9, dtype=torch.float64).repeat(3, 1)
+        amount[1] = bench.SURE
+        dose = bench.Dose(amount, amount, amount > 0, amount[[0, 2]], [0, 2])
+        torch.testing.assert_close(dose.spans, torch.ones(2, dtype=torch.float64))
 
     def test_random_latents_write_as_far_and_elsewhere(self, unet):
         found = unet.features("red")
