@@ -157,7 +157,7 @@ class TestBenchmark:
         assert bench.lead(dose(1, 1), dose(2, 1)).high < 0
 
     def test_spans_are_of_what_does_not_hold_it_yet(self):
-        amount = torch.linspace(-bench.SURE, 2 * SURE, 9, dtype=torch.float64).repeat(3, 1)
+        amount = torch.linspace(-bench.SURE, 2 * bench.SURE, 9, dtype=torch.float64).repeat(3, 1)
         amount[1] = bench.SURE
         dose = bench.Dose(amount, amount, amount > 0, amount[[0, 2]], [0, 2])
         torch.testing.assert_close(dose.spans, torch.ones(2, dtype=torch.float64))
