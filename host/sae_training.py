@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ops.sae import SAE
-from ..ops.sae_training import JUMPRELU, MATRYOSHKA, Measured, Ring, Settings, Step, Trainer, measure
+from ..ops.sae_training import JUMPRELU, MATRYOSHKA, WHITEN, Measured, Ring, Settings, Step, Trainer, measure
 from .training import GOOD_EVERY, TrainingError
 
 SAMPLE = 32_768  # vectors that mean, scale and first bias are taken from
@@ -45,14 +45,14 @@ class Memory(NamedTuple):
 def memory(settings: Settings, d: int, ring: int, vector_bytes: int = 4) -> Memory:
     """What a training of vectors of d numbers takes, with a ring of so many, of `vector_bytes` for each number.
 
-    weights  16 (2 n d + n + d): float32 four times
+    weights  16 (2 n d + n + d): float32 four times; 8 d^2 more where vectors are whitened
     step     4 (B n c + B d e): what is of the codes' size c times, of the vectors' size e times, as counted in a step with dead latents
     """
     n, batch = settings.n, settings.batch
     codes = 7.0 if settings.kind == JUMPRELU else 4.0
     vectors = 8.0 + (2.0 * (len(settings.sizes()) - 1) if settings.kind == MATRYOSHKA else 0.0)
     thresholds = n if settings.kind == JUMPRELU else 0
-    weights = 16 * (2 * n * d + n + d + thresholds)
+    weights = 16 * (2 * n * d + n + d + thresholds) + (8 * d * d if settings.normalise == WHITEN else 0)
     return Memory(weights, int(4 * batch * (n * codes + d * vectors)), ring * d * vector_bytes)
 
 

@@ -35,7 +35,7 @@ from ..host.sae_sources import model_rows, text_bound, text_rows
 from ..host.sae_training import memory, train
 from ..host.training import TrainingError, identity_of
 from ..ops.sae import SAE as Autoencoder
-from ..ops.sae_training import KINDS, MEAN, STANDARDISE, TOPK, Settings
+from ..ops.sae_training import KINDS, MEAN, NORMALISATIONS, STANDARDISE, TOPK, Settings
 from .features import SAE, told
 from .slider_training import checked_stem, checkpoint
 from .steering import IN_MODEL, IN_TEXT, picture_inputs
@@ -126,6 +126,18 @@ class SAETrain(io.ComfyNode):
                     optional=True,
                     tooltip="'model': rows of a picture at each level, drawn at random.",
                 ),
+                io.Combo.Input(
+                    "normalise",
+                    options=[AUTO, *NORMALISATIONS],
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "What is done to vectors before they are learnt. mean: their mean taken off, all scaled alike. standardise: each "
+                        "number by itself. whiten: along their principal axes. none: scaled only. auto: mean in text encoders and "
+                        "UNets, standardise in transformers, whose variance lies in few numbers."
+                    ),
+                ),
             ],
             outputs=[
                 io.Custom(SAE).Output("sae", display_name="sae", tooltip="The autoencoder, for Find Latents."),
@@ -139,7 +151,7 @@ class SAETrain(io.ComfyNode):
     @classmethod
     def execute(
         cls, clip, prompts, where, site, kind, expansion, k, steps, batch, seed, name, model=None, pooling=ROWS, activations=OUT, width=512,
-        height=512, cfg=4.0, levels=4, sampling_steps=12, rows=256,
+        height=512, cfg=4.0, levels=4, sampling_steps=12, rows=256, normalise=AUTO,
     ) -> io.NodeOutput:  # fmt: skip
         if clip is None:
             raise FeaturesError("clip is empty: this checkpoint has no text encoder. Connect a CLIP loader.")
@@ -166,9 +178,10 @@ class SAETrain(io.ComfyNode):
             ring = max(LEAST, min(RING, steps * batch))
             source = model_rows(model, clip, module, activations, texts, runs, rows)
             about |= {"runs": runs._asdict(), "rows": rows, "weights": [fingerprint(model.model.diffusion_model.get_submodule(site))]}
+        if normalise == AUTO:
             # A transformer's variance lies in few of its numbers.
-            settings = settings._replace(normalise=STANDARDISE if transforms_alone(family_for(model.model)) else MEAN)
-        settings = settings._replace(n=expansion * d)
+            normalise = STANDARDISE if where != IN_TEXT and transforms_alone(family_for(model.model)) else MEAN
+        settings = settings._replace(n=expansion * d, normalise=normalise)
         settings.check()
         config = {"family": family, "site": site, "io": rows_of, "kind": kind, "steps": steps, "batch": batch, "seed": seed}
         config |= {"data": hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()}

@@ -24,8 +24,8 @@ from .sae import BATCH_TOPK, HELD, JUMPRELU, SAE, TOPK, kept_of_batch, prefixes
 
 MATRYOSHKA = "matryoshka"
 KINDS = (TOPK, BATCH_TOPK, MATRYOSHKA, JUMPRELU)
-NONE, MEAN, STANDARDISE = "none", "mean", "standardise"
-NORMALISATIONS = (NONE, MEAN, STANDARDISE)
+NONE, MEAN, STANDARDISE, WHITEN = "none", "mean", "standardise", "whiten"
+NORMALISATIONS = (NONE, MEAN, STANDARDISE, WHITEN)
 GROUPS = (1 / 32, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 DEAD_AFTER, DEAD_SHARE = 10_000_000, 0.05  # vectors without firing; of a short training, this share of it
 EPSILON = 6.25e-10  # Adam's
@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     dead_after  vectors after which a latent that did not fire is dead; 0: 10 million, or a twentieth of a short training
     revive      latents that are dead become what is left over of some vector, once in `dead_after` vectors, until the rate falls
     normalise   `mean` takes the mean off and scales all numbers alike; `standardise` scales each by itself, for models whose variance
-                lies in few of them; `none` scales only
+                lies in few of them; `whiten` scales along the principal axes, where it lies in few directions; `none` scales only
     centre      b_dec at first: "mean", or "median" (geometric)
     groups      shares of the latents (matryoshka)
     band        of jumprelu's rectangle;  penalty: the weight of |L0 / k - 1|^2 at the end
@@ -123,7 +123,8 @@ class Trainer:
             raise ValueError("The sample holds NaN or infinity. Look for the layer or the step that makes it.")
         self.settings, self.device = settings, sample.device
         self.mean, self.std = normalisation(sample, settings.normalise)
-        sample = (sample - self.mean) / self.std
+        self.axes = whitening((sample - self.mean) / self.std) if settings.normalise == WHITEN else None
+        sample = self._normalised(sample)
         self.variance = float((sample - sample.mean(0)).square().sum(-1).mean())
         if self.variance < TINY:
             raise ValueError("All vectors of the sample are the same. Collect vectors of several prompts, steps or places.")
@@ -146,7 +147,7 @@ class Trainer:
     def step(self, vectors: torch.Tensor) -> Step:
         """Learn from a batch (B, d). One whose loss or gradient is not finite is not learnt from."""
         with torch.enable_grad():
-            x = (vectors.to(self.device).float() - self.mean) / self.std
+            x = self._normalised(vectors.to(self.device).float())
             own = self.learnt
             pre = torch.nn.functional.linear(x - own["b_dec"], own["W_enc"], own["b_enc"])
             z, penalty = self._codes(pre)
@@ -166,6 +167,10 @@ class Trainer:
             self._note(z.detach())
             self._revive(error)
         return seen
+
+    def _normalised(self, vectors: torch.Tensor) -> torch.Tensor:
+        x = (vectors - self.mean) / self.std
+        return x if self.axes is None else x @ self.axes.into
 
     def _codes(self, pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         settings = self.settings
@@ -231,6 +236,10 @@ class Trainer:
     def sae(self) -> SAE:
         """What has been learnt, as it is meant to be used: copies, on the CPU."""
         own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.learnt.items()}
+        if self.axes is not None:
+            # W (A x - b) = W A (x - A^-1 b), and what is added goes back by A^-1: weights say it, in every file.
+            into, back = (axes.cpu() for axes in self.axes)
+            own |= {"W_enc": own["W_enc"] @ into.T, "W_dec": own["W_dec"] @ back, "b_dec": own["b_dec"] @ back}
         threshold, kind = None, self.settings.kind
         if "log_threshold" in own:
             threshold = own.pop("log_threshold").exp()
@@ -246,6 +255,7 @@ class Trainer:
         for name, tensor in self.learnt.items():
             kept |= {f"{key}.{name}": torch.as_tensor(value) for key, value in self.optimizer.state.get(tensor, {}).items()}
         kept |= {"idle": self.idle, "threshold": self.threshold, "mean": self.mean, "std": self.std}
+        kept |= {} if self.axes is None else {f"axes.{name}": axes for name, axes in self.axes._asdict().items()}
         kept |= {"counts": torch.tensor([self.done, self.noted]), "variance": torch.tensor(self.variance, dtype=torch.float64)}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in kept.items()}
 
@@ -260,6 +270,8 @@ class Trainer:
         self.idle, self.threshold, self.mean, self.std = (
             state[name].to(self.device, copy=True) for name in ("idle", "threshold", "mean", "std")
         )
+        if self.axes is not None:
+            self.axes = Axes(*(state[f"axes.{name}"].to(self.device, copy=True) for name in Axes._fields))
         self.done, self.noted = state["counts"].tolist()
         self.variance = float(state["variance"])
 
@@ -326,6 +338,23 @@ def normalisation(vectors: torch.Tensor, way: str) -> tuple[torch.Tensor, torch.
         spread = centred.square().mean(0).sqrt()
         std = spread.clamp_min(1e-3 * float(spread.square().mean().sqrt())) * math.sqrt(vectors.shape[1])
     return mean, std.clamp_min(TINY).clone()
+
+
+class Axes(NamedTuple):
+    """Vectors into principal axes that all vary alike, x @ into, and back; both (d, d), each the other's inverse."""
+
+    into: torch.Tensor
+    back: torch.Tensor
+
+
+def whitening(vectors: torch.Tensor) -> Axes:
+    """Of vectors (N, d) around 0: along each principal axis a variance of 1 / d, so that they have length 1 on average. As with single
+    numbers, an axis that hardly varies is noise and stays small.
+    """
+    x = vectors.double()
+    variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+    spread = variances.clamp_min(1e-6 * float(variances.mean().clamp_min(TINY))).sqrt() * math.sqrt(x.shape[1])
+    return Axes((axes / spread).to(vectors), (axes * spread).T.contiguous().to(vectors))
 
 
 def geometric_median(vectors: torch.Tensor) -> torch.Tensor:

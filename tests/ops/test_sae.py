@@ -21,6 +21,7 @@ from concept_nodes.ops.sae_training import (
     geometric_median,
     measure,
     normalisation,
+    whitening,
 )
 
 D, N, K = 24, 80, 5
@@ -455,6 +456,50 @@ class TestMeasures:
         assert float(scaled.square().sum(-1).mean()) == pytest.approx(1, abs=1e-3)
         if way == "standardise":
             torch.testing.assert_close(scaled.std(0), torch.full((6,), 6**-0.5), rtol=1e-2, atol=0)
+
+    def test_whitened_vectors_vary_alike_along_all_axes_and_come_back(self):
+        """As far as they vary at all: an axis with next to nothing on it is noise and stays small."""
+        turned = torch.linalg.qr(random(6, 6, seed=3)).Q
+        x = random(5000, 6, seed=1) * torch.tensor([1.0, 1, 3, 0.1, 50, 0.0]) @ turned
+        axes = whitening(x)
+        white = x @ axes.into
+        torch.testing.assert_close(white.T @ white / len(x), torch.diag(torch.tensor([0.0, 1, 1, 1, 1, 1])) / 6, rtol=0, atol=1e-4)
+        torch.testing.assert_close(white @ axes.back, x, rtol=0, atol=1e-4)
+        torch.testing.assert_close(axes.into @ axes.back, torch.eye(6), rtol=0, atol=1e-4)
+
+    def test_what_was_learnt_of_whitened_vectors_is_said_by_the_weights(self, world):
+        """Codes are those of the whitened vectors, and what they add is brought back, without a matrix beside them."""
+        spread = torch.linspace(0.05, 3, 32).diag() @ torch.linalg.qr(random(32, 32, seed=4)).Q
+        trainer = Trainer(Settings(64, 3, batch=64, normalise="whiten"), world.draw(4096, 1) @ spread)
+        for number in range(20):
+            trainer.step(world.draw(64, number) @ spread)
+        x, sae = world.draw(100, 5) @ spread, trainer.sae()
+        with torch.no_grad():
+            own, white = trainer.learnt, trainer._normalised(x)
+            pre = (white - own["b_dec"]) @ own["W_enc"].T + own["b_enc"]
+            torch.testing.assert_close(sae.pre(x), pre, rtol=1e-4, atol=1e-4)
+            rebuilt = (sae.encode(x) @ own["W_dec"] + own["b_dec"]) @ trainer.axes.back * trainer.std + trainer.mean
+        torch.testing.assert_close(sae.decode(sae.encode(x)), rebuilt, rtol=1e-4, atol=1e-4)
+        again = Trainer(trainer.settings, world.draw(4096, 2) @ spread)
+        again.restore(trainer.state())
+        assert torch.equal(again.sae().W_dec, sae.W_dec) and torch.equal(again.sae().W_enc, sae.W_enc)
+
+    def test_whitening_finds_atoms_that_single_numbers_do_not_show(self, world):
+        """Where most of the variance lies along one direction across all numbers: scaled number by number, the rest stays small."""
+        loud = torch.nn.functional.normalize(random(1, 32, seed=6), dim=1)
+
+        def drawn(n, seed):
+            return world.draw(n, seed) + 30 * random(n, 1, seed=seed + 50) * loud
+
+        quiet = {}
+        for way in ("standardise", "whiten"):
+            trainer = Trainer(Settings(64, 4, batch=256, rate=3e-3, normalise=way), drawn(8192, 1))
+            for number in range(300):
+                trainer.step(drawn(256, 100 + number))
+            x, sae = drawn(2000, 7), trainer.sae()
+            left = (x - sae.decode(sae.encode(x))) @ (torch.eye(32) - loud.T @ loud)
+            quiet[way] = float(left.square().sum() / (x @ (torch.eye(32) - loud.T @ loud)).square().sum())
+        assert quiet["whiten"] < 0.75 * quiet["standardise"], quiet
 
 
 class TestRing:
