@@ -22,20 +22,19 @@ are of a spoilt character: its LoRA and the background slider at 2 as one adapte
 lag_clean_... of the character's LoRA alone. What the clean one changes everywhere is what a character
 in the place of a word without meaning changes by itself: lag_background_cut_over_clean is the cut of what is above that.
 
-Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew and
-keeps the others.
+Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew, of
+places and of the rest, and keeps the others.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -286,6 +285,9 @@ def outside(beside: Beside, readings: Sequence[Reading]) -> torch.Tensor:
     return free
 
 
+_loaded = cache(host_lab.load)
+
+
 @cache
 def without(loaded, number: int, seeds: tuple[int, ...]) -> torch.Tensor:
     """The pictures of a number's prompt without the character's LoRA."""
@@ -317,6 +319,8 @@ def measure_rest(loaded, eye: Eye, adapter: str, arm: str, n: int) -> dict:
 
 
 # --- together ---------------------------------------------------------------------------------------------------------------------
+
+PARTS = tuple(dict.fromkeys((*ARMS, *REST_ARMS)))
 
 
 def _told(found: dict[str, list]) -> dict:
@@ -354,7 +358,7 @@ def figures_of(rows: Sequence[dict]) -> dict[str, Figure]:
     return figures
 
 
-def measure(sample_only: bool, again: Sequence[str] = ()) -> list[dict]:
+def measure(sample_only: bool, arms: Sequence[str] = PARTS) -> list[dict]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     rows, eye = [], Eye.load()
 
@@ -370,30 +374,20 @@ def measure(sample_only: bool, again: Sequence[str] = ()) -> list[dict]:
         )
 
     with torch.inference_mode():
-        loaded = host_lab.load("unet")
         for adapter in ("spoilt",) if sample_only else ADAPTERS:
             for arm in REST_ARMS if adapter == "spoilt" and not sample_only else ("everywhere", "ours"):
-                if not again or arm in again:
-                    keep(measure_rest(loaded, eye, adapter, arm, 24 if sample_only else REST))
-        for (kind, k), (n, arms) in (SAMPLE if sample_only else PLACES).items():
-            loaded = host_lab.load(kind)
-            for arm in arms:
-                if not again or arm in again:
-                    keep(measure_places(loaded, eye, kind, k, arm, n if arm in FEW else n // 2))
+                if arm in arms:
+                    keep(measure_rest(_loaded("unet"), eye, adapter, arm, 24 if sample_only else REST))
+        for (kind, k), (n, own) in (SAMPLE if sample_only else PLACES).items():
+            for arm in own:
+                if arm in arms:
+                    keep(measure_places(_loaded(kind), eye, kind, k, arm, n if arm in FEW else n // 2))
     return rows
 
 
-def _measure(again: Sequence[str], sample_only: bool) -> tuple[dict[str, Figure], list[dict]]:
-    rows = measure(sample_only, again)
-    if again:
-        committed = json.loads((_report.RESULTS / "localize.json").read_text(encoding="utf-8"))["arms"]
-        fresh = {_key(row): row for row in rows}
-        rows = [fresh.pop(_key(row), row) for row in committed] + list(fresh.values())
+def _measure(sample_only: bool, arms: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
+    rows = measure(sample_only, arms)
     return figures_of(rows), rows
-
-
-def _key(row: dict) -> tuple:
-    return tuple(row.get(key) for key in ("part", "model", "k", "adapter", "arm"))
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -426,7 +420,4 @@ def rest_table(rows: Sequence[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench localize", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=sorted({*ARMS, *REST_ARMS}), default=[])
-    options, others = parser.parse_known_args(argv)
-    return _report.run("localize", others, partial(_measure, options.again), CLAIMS)
+    return _report.run_parts("localize", argv, PARTS, _measure, CLAIMS, itemgetter("arm"), figures_of)
