@@ -9,7 +9,8 @@ Places, at 128 pixels: one prompt names K characters, each with the word of its 
 Arms: plain (all LoRAs everywhere by the stock loader), weighting (the same, each character's words at 1.3), prompts (masks drawn by hand,
 a regional prompt each, no LoRA), composite (a pass of the whole picture for each LoRA, averaged; arXiv 2402.16843), LAG, FreeFuse and
 Conductor (see _published.py; LAG and Conductor on the UNet only, Conductor with masks drawn by hand), hook (the host's hook LoRA, masks
-drawn by hand, a pass for each), masks (Apply Regions, masks drawn by hand) and ours (Region from Words).
+drawn by hand, a pass for each), masks (Apply Regions, masks drawn by hand), ours (Region from Words, Apply Regions at own_scale .5) and
+ours, one scale (both nodes at their defaults: own_scale 0; on the DiT, whose layers have no such scale, that is ours).
 
 The rest, on the lab's UNet at 64 pixels: a character beside an ordinary object, against the same seed without the character's LoRA. What
 counts is the mean change of a pixel outside of what the eye sees in the character's half, with and without the LoRA.
@@ -54,6 +55,7 @@ from .regional import common as masked
 log = logging.getLogger("concept_nodes.bench")
 FIRST_SEED = 72_000
 WEIGHT = 1.3
+OWN_SCALE = 0.5
 CLAIMS = {
     "auto3_in_place": Claim(low=0.85),
     "auto3_swap": Claim(high=0.05),
@@ -118,14 +120,15 @@ def conductor(loaded, layout, loras, seeds) -> Way:
     return Way(paths.model(loaded.model), *common(loaded, layout.whole()), paths.on())
 
 
-def localized(loaded, layout, loras, seeds, **settings) -> Way:
+def localized(loaded, layout, loras, seeds, *, own_scale: float = OWN_SCALE) -> Way:
     text = layout.whole()
     positive, negative = common(loaded, text)
     regions = Regions()
     for index, name in enumerate(layout.names):
-        live = replace(NEUTRAL, phrase=f"large {WORDS[name]} {layout.place(index)}", **settings)
+        live = replace(NEUTRAL, phrase=f"large {WORDS[name]} {layout.place(index)}")
         regions = regions.with_region(Region(name, live=live)).with_lora(name, Hung(name, loras[name]))
-    return Way(apply(loaded.model, regions, loaded.clip, prompt=text, positive=positive)[0], positive, negative)
+    model, _ = apply(loaded.model, regions, loaded.clip, prompt=text, positive=positive, own_scale=own_scale)
+    return Way(model, positive, negative)
 
 
 def _plain(arm: Callable) -> Callable[..., Way]:
@@ -143,16 +146,17 @@ ARMS: dict[str, Callable[..., Way]] = {
     "hook": _plain(hooked),
     "masks": _plain(masked),
     "ours": localized,
+    "ours, one scale": partial(localized, own_scale=0.0),
 }
 ONE_BY_ONE = ("FreeFuse",)
-ON_UNET = ("LAG", "Conductor")
-FEW = ("plain", "masks", "ours")
+ON_UNET = ("LAG", "Conductor", "ours, one scale")
+FEW = ("plain", "masks", "ours", "ours, one scale")
 # (model, K): (pictures, arms); of arms that are not among these few, half of them
 PLACES = {
     ("unet", 3): (36, tuple(ARMS)),
     ("unet", 5): (24, FEW),
     ("dit", 3): (12, tuple(arm for arm in ARMS if arm not in ON_UNET)),
-    ("dit", 5): (12, FEW),
+    ("dit", 5): (12, tuple(arm for arm in FEW if arm not in ON_UNET)),
 }
 SAMPLE = {("unet", 3): (18, ("plain", "ours")), ("unet", 5): (12, ("ours",))}
 
