@@ -9,7 +9,8 @@ Places, at 128 pixels: one prompt names K characters, each with the word of its 
 Arms: plain (all LoRAs everywhere by the stock loader), weighting (the same, each character's words at 1.3), prompts (masks drawn by hand,
 a regional prompt each, no LoRA), composite (a pass of the whole picture for each LoRA, averaged; arXiv 2402.16843), LAG, FreeFuse and
 Conductor (see _published.py; LAG and Conductor on the UNet only, Conductor with masks drawn by hand), hook (the host's hook LoRA, masks
-drawn by hand, a pass for each), masks (Apply Regions, masks drawn by hand) and ours (Region from Words).
+drawn by hand, a pass for each), masks (Apply Regions, masks drawn by hand), ours (Region from Words, Apply Regions at own_scale .5) and
+ours, one scale (both nodes at their defaults: own_scale 0; on the DiT, whose layers have no such scale, that is ours).
 
 The rest, on the lab's UNet at 64 pixels: a character beside an ordinary object, against the same seed without the character's LoRA. What
 counts is the mean change of a pixel outside of what the eye sees in the character's half, with and without the LoRA.
@@ -22,20 +23,19 @@ are of a spoilt character: its LoRA and the background slider at 2 as one adapte
 lag_clean_... of the character's LoRA alone. What the clean one changes everywhere is what a character
 in the place of a word without meaning changes by itself: lag_background_cut_over_clean is the cut of what is above that.
 
-Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew and
-keeps the others.
+Arms are told picture by picture in the results, and every figure is made of them, so that `--again ARM ...` measures some arms anew, of
+places and of the rest, and keeps the others.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ from .regional import common as masked
 log = logging.getLogger("concept_nodes.bench")
 FIRST_SEED = 72_000
 WEIGHT = 1.3
+OWN_SCALE = 0.5
 CLAIMS = {
     "auto3_in_place": Claim(low=0.85),
     "auto3_swap": Claim(high=0.05),
@@ -119,14 +120,15 @@ def conductor(loaded, layout, loras, seeds) -> Way:
     return Way(paths.model(loaded.model), *common(loaded, layout.whole()), paths.on())
 
 
-def localized(loaded, layout, loras, seeds, **settings) -> Way:
+def localized(loaded, layout, loras, seeds, *, own_scale: float = OWN_SCALE) -> Way:
     text = layout.whole()
     positive, negative = common(loaded, text)
     regions = Regions()
     for index, name in enumerate(layout.names):
-        live = replace(NEUTRAL, phrase=f"large {WORDS[name]} {layout.place(index)}", **settings)
+        live = replace(NEUTRAL, phrase=f"large {WORDS[name]} {layout.place(index)}")
         regions = regions.with_region(Region(name, live=live)).with_lora(name, Hung(name, loras[name]))
-    return Way(apply(loaded.model, regions, loaded.clip, prompt=text, positive=positive)[0], positive, negative)
+    model, _ = apply(loaded.model, regions, loaded.clip, prompt=text, positive=positive, own_scale=own_scale)
+    return Way(model, positive, negative)
 
 
 def _plain(arm: Callable) -> Callable[..., Way]:
@@ -144,16 +146,17 @@ ARMS: dict[str, Callable[..., Way]] = {
     "hook": _plain(hooked),
     "masks": _plain(masked),
     "ours": localized,
+    "ours, one scale": partial(localized, own_scale=0.0),
 }
 ONE_BY_ONE = ("FreeFuse",)
-ON_UNET = ("LAG", "Conductor")
-FEW = ("plain", "masks", "ours")
+ON_UNET = ("LAG", "Conductor", "ours, one scale")
+FEW = ("plain", "masks", "ours", "ours, one scale")
 # (model, K): (pictures, arms); of arms that are not among these few, half of them
 PLACES = {
     ("unet", 3): (36, tuple(ARMS)),
     ("unet", 5): (24, FEW),
     ("dit", 3): (12, tuple(arm for arm in ARMS if arm not in ON_UNET)),
-    ("dit", 5): (12, FEW),
+    ("dit", 5): (12, tuple(arm for arm in FEW if arm not in ON_UNET)),
 }
 SAMPLE = {("unet", 3): (18, ("plain", "ours")), ("unet", 5): (12, ("ours",))}
 
@@ -286,6 +289,9 @@ def outside(beside: Beside, readings: Sequence[Reading]) -> torch.Tensor:
     return free
 
 
+_loaded = cache(host_lab.load)
+
+
 @cache
 def without(loaded, number: int, seeds: tuple[int, ...]) -> torch.Tensor:
     """The pictures of a number's prompt without the character's LoRA."""
@@ -317,6 +323,8 @@ def measure_rest(loaded, eye: Eye, adapter: str, arm: str, n: int) -> dict:
 
 
 # --- together ---------------------------------------------------------------------------------------------------------------------
+
+PARTS = tuple(dict.fromkeys((*ARMS, *REST_ARMS)))
 
 
 def _told(found: dict[str, list]) -> dict:
@@ -354,7 +362,7 @@ def figures_of(rows: Sequence[dict]) -> dict[str, Figure]:
     return figures
 
 
-def measure(sample_only: bool, again: Sequence[str] = ()) -> list[dict]:
+def measure(sample_only: bool, arms: Sequence[str] = PARTS) -> list[dict]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     rows, eye = [], Eye.load()
 
@@ -370,30 +378,20 @@ def measure(sample_only: bool, again: Sequence[str] = ()) -> list[dict]:
         )
 
     with torch.inference_mode():
-        loaded = host_lab.load("unet")
         for adapter in ("spoilt",) if sample_only else ADAPTERS:
             for arm in REST_ARMS if adapter == "spoilt" and not sample_only else ("everywhere", "ours"):
-                if not again or arm in again:
-                    keep(measure_rest(loaded, eye, adapter, arm, 24 if sample_only else REST))
-        for (kind, k), (n, arms) in (SAMPLE if sample_only else PLACES).items():
-            loaded = host_lab.load(kind)
-            for arm in arms:
-                if not again or arm in again:
-                    keep(measure_places(loaded, eye, kind, k, arm, n if arm in FEW else n // 2))
+                if arm in arms:
+                    keep(measure_rest(_loaded("unet"), eye, adapter, arm, 24 if sample_only else REST))
+        for (kind, k), (n, own) in (SAMPLE if sample_only else PLACES).items():
+            for arm in own:
+                if arm in arms:
+                    keep(measure_places(_loaded(kind), eye, kind, k, arm, n if arm in FEW else n // 2))
     return rows
 
 
-def _measure(again: Sequence[str], sample_only: bool) -> tuple[dict[str, Figure], list[dict]]:
-    rows = measure(sample_only, again)
-    if again:
-        committed = json.loads((_report.RESULTS / "localize.json").read_text(encoding="utf-8"))["arms"]
-        fresh = {_key(row): row for row in rows}
-        rows = [fresh.pop(_key(row), row) for row in committed] + list(fresh.values())
+def _measure(sample_only: bool, arms: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
+    rows = measure(sample_only, arms)
     return figures_of(rows), rows
-
-
-def _key(row: dict) -> tuple:
-    return tuple(row.get(key) for key in ("part", "model", "k", "adapter", "arm"))
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -426,7 +424,4 @@ def rest_table(rows: Sequence[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench localize", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=sorted({*ARMS, *REST_ARMS}), default=[])
-    options, others = parser.parse_known_args(argv)
-    return _report.run("localize", others, partial(_measure, options.again), CLAIMS)
+    return _report.run_parts("localize", argv, PARTS, _measure, CLAIMS, itemgetter("arm"), figures_of)

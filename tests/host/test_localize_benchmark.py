@@ -162,14 +162,18 @@ class TestFigures:
 
     def test_arms_measured_again_take_the_place_of_the_committed(self, tmp_path, monkeypatch):
         monkeypatch.setattr(_report, "RESULTS", tmp_path)
-        monkeypatch.setattr(bench, "measure", lambda sample_only, again: list(self.ROWS))
+        monkeypatch.setattr(bench, "measure", lambda sample_only, arms: [row for row in self.ROWS if row["arm"] in arms])
         assert bench.main([]) == 1  # claims are missed
+        assert list(_report.committed("localize")["parts"]) == list(bench.PARTS)
         better = place("ours", "1111", "0000")
-        monkeypatch.setattr(bench, "measure", lambda sample_only, again: [better])
+        monkeypatch.setattr(bench, "measure", lambda sample_only, arms: [better, self.ROWS[2], self.ROWS[4]])
         bench.main(["--again", "ours"])
-        figures, rows = bench._measure(["ours"], False)
-        assert figures["auto3_in_place"].value == 1.0 and figures["lag_background_cut"].value == 0.75
-        assert len(rows) == len(self.ROWS) and rows[0] == better
+        result = _report.committed("localize")
+        found = {key: figure["value"] for key, figure in result["figures"].items()}
+        assert found["auto3_in_place"] == 1.0 and found["lag_background_cut"] == 0.75 and found["lag_identity_loss"] == 0.5
+        assert len(result["arms"]) == len(self.ROWS) and better in result["arms"]
+        made = bench.figures_of(result["arms"])
+        assert {key: round(figure.value, 6) for key, figure in made.items()} == found
 
     def test_a_swap_is_another_of_the_named_characters(self):
         layout = Layout(3)
