@@ -1,7 +1,7 @@
 """What a few pictures teach. `python run.py bench residual`.
 
 A character that the lab's models never saw, taught by Train Personalized Residual from four drawn pictures of 64 pixels and read by the eye
-(10 Euler steps, CFG 4). For each model,
+(10 Euler steps, CFG 4). In parts: unet, wide (all layers of the UNet's attention blocks), crowd, dit. For each model,
 
     MODEL_untaught_identity     pictures of the character where its word is said and nothing was taught
     MODEL_identity, _valid      the same with the residual, and pictures that are not spoilt: the UNet's is on the outputs of the attention
@@ -10,6 +10,7 @@ A character that the lab's models never saw, taught by Train Personalized Residu
     MODEL_plain_shape, ...      the same without it
     MODEL_mistaken              ordinary objects that became the character
     MODEL_bytes                 of the file; residual_train_seconds: of the longest training
+    unet_published_*            the UNet's with nothing preserved and at all noise, in as many steps
 
 and on the UNet, each against one thing changed,
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ from ..lab.portraits import draw_portraits
 from ..lab.scenes import BACKGROUNDS
 from ..lab.sliders import scratch_folders
 from ..nodes.residual import Residual, ResidualTrain
-from ._report import Claim, Figure, mean, run, share
+from ._report import Claim, Figure, mean, run_parts, share
 
 log = logging.getLogger("concept_nodes.bench")
 NAME, PICTURES, SIZE, STEPS = "cat", 4, 64, 10
@@ -110,28 +112,25 @@ def other_side(pictures: torch.Tensor) -> torch.Tensor:
     return torch.stack([picture[:, SIZE // 2 :] if at % 2 == 0 else picture[:, : SIZE // 2] for at, picture in enumerate(pictures)])
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     eye, n = Eye.load(), SAMPLE if sample else N
     figures: dict[str, Figure] = {}
-    rows, took = [], []
+    rows: list[dict] = []
 
-    def add(arm: str, found: dict[str, list[bool]], *keys: str) -> None:
+    def add(part: str, arm: str, found: dict[str, list[bool]], *keys: str, **more) -> None:
         figures.update({f"{arm}_{key}": share(found[key]) for key in keys})
-        rows.append({"arm": arm, "n": n} | {key: round(sum(values) / n, 4) for key, values in found.items()})
+        rows.append({"part": part, "arm": arm, "n": n} | {key: round(sum(values) / n, 4) for key, values in found.items()} | more)
         log.info("%s", rows[-1])
 
-    for kind in host_lab.MODELS:
+    for part in parts:
+        kind = "dit" if part == "dit" else "unet"
         with torch.inference_mode():
             loaded = host_lab.load(kind)
-        arms = {kind: RECIPES[kind]}
-        if kind == "unet":
-            arms["unet_blocks"] = RECIPES["unet_blocks"]
-            crowd = RECIPES["crowd"] | {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}
-            arms |= {"unet_masked": {**crowd, "masked": True}, "unet_unmasked": crowd}
-        add(f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity", "valid")
-        add(f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
-        for arm, changes in arms.items():
+        if part == kind:
+            add(part, f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity", "valid")
+            add(part, f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
+        for arm, changes in ARMS[part].items():
             lora, seconds, size = teach(loaded, **changes)
             model, crowded = put(loaded, lora), "beside" in changes
             if arm == "unet":
@@ -139,17 +138,20 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
                 for how in ("off", MEDIAN, OTSU):
                     pictures = on_one_side(loaded, lora, n, how)
                     moved = (other_side(pictures) - untaught).abs().flatten(1).mean(1)
-                    add(f"unet_{how}", {"identity": [surest(one) == NAME for one in eye.read(pictures)]}, "identity")
+                    add(part, f"unet_{how}", {"identity": [surest(one) == NAME for one in eye.read(pictures)]}, "identity")
                     figures[f"unet_{how}_moved"] = mean(moved)
-            add(arm, said(loaded, model, eye, n), "identity", "alone" if crowded else "valid")
+            add(part, arm, said(loaded, model, eye, n), "identity", "alone" if crowded else "valid", seconds=round(seconds, 1))
             if not crowded:
-                add(arm, ordinary(loaded, model, eye, n), "shape", "bind", "mistaken")
-                took.append(seconds)
+                add(part, arm, ordinary(loaded, model, eye, n), "shape", "bind", "mistaken")
                 if not sample:
                     figures[f"{arm}_bytes"] = Figure(size, size, size, 1)
-    if not sample:
-        figures["residual_train_seconds"] = Figure(max(took), min(took), max(took), len(took))
     return figures, rows
+
+
+def seconds_of(rows: list[dict]) -> dict[str, Figure]:
+    """The longest of all trainings."""
+    took = [row["seconds"] for row in rows if "seconds" in row]
+    return {"residual_train_seconds": Figure(max(took), min(took), max(took), len(took))} if took else {}
 
 
 ROWS = {
@@ -190,4 +192,4 @@ def table(figures: dict[str, Figure]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return run("residual", argv, _measure, CLAIMS)
+    return run_parts("residual", argv, PARTS, _measure, CLAIMS, joint=seconds_of)
