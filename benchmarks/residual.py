@@ -54,8 +54,10 @@ a large yellow star at the top on a black background
 a small purple heart at the bottom on a white background
 a large orange crescent in the centre on a light grey background"""
 PUBLISHED = {"preserve": "", "end_percent": 1.0}
-UNET = {"steps": 250, "batch": 4, "learning_rate": 5e-3, "rank_share": 0.2, "layers": OUTPUTS, "end_percent": 0.6}
-DIT = {"steps": 150, "batch": 8, "learning_rate": 4e-3, "rank_share": 0.0125, "layers": PICTURE, "preserve": PRESERVED}
+UNET = {"steps": 250, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.2, "layers": OUTPUTS, "end_percent": 0.6}
+UNET |= {"preserve": PRESERVED, "preserve_weight": 0.1}
+DIT = {"steps": 150, "batch": 8, "learning_rate": 4e-3, "rank_share": 0.0125, "layers": PICTURE}
+DIT |= {"preserve": PRESERVED, "preserve_weight": 1.0}
 WIDE = {"steps": 150, "batch": 4, "learning_rate": 4e-3, "rank_share": 0.05, "layers": BLOCKS, "end_percent": 0.6}
 CROWD = {"steps": 150, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.15, "layers": OUTPUTS, "end_percent": 0.6}
 CROWD |= {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}

@@ -11,7 +11,7 @@ summed over channels and positions, so that a photograph of several subjects tea
 Nothing but the word is to change. So what is asked for by other captions c may be held to what the untaught model e_0 says of the same
 pictures, half as many of them in a step, the whole of each:
 
-    L_keep = (e(x_t, c) - stopgrad[ e_0(x_t, c) ])^2
+    L_keep = w (e(x_t, c) - stopgrad[ e_0(x_t, c) ])^2
 
 With it the residual becomes the word's own, and guidance, which adds what the word changes against the empty prompt, draws more of it. The
 paper has no such loss; DreamBooth's (Ruiz et al., arXiv 2208.12242) is on pictures of other things, and none are needed here.
@@ -65,14 +65,23 @@ class Lesson(NamedTuple):
 class ResidualObjective(Objective):
     """The model's own loss on the pictures, inside of their masks. Each step draws `batch` of one size, with new noise.
 
-    preserve  other captions, whose predictions of them stay as they were
+    preserve  other captions, whose predictions of them stay as they were; weight: of that loss
     end       share of sampling up to whose noise the lesson is learnt; others are held at all noise
     """
 
     def __init__(
-        self, trainee: Trainee, lessons: Sequence[Lesson], *, batch: int, seed: int, preserve: Sequence[Text] = (), end: float = 1.0
+        self,
+        trainee: Trainee,
+        lessons: Sequence[Lesson],
+        *,
+        batch: int,
+        seed: int,
+        preserve: Sequence[Text] = (),
+        weight: float = 1.0,
+        end: float = 1.0,
     ):
-        self.trainee, self.batch, self.seed, self.preserve, self.end = trainee, batch, seed, tuple(preserve), end
+        self.trainee, self.batch, self.seed = trainee, batch, seed
+        self.preserve, self.weight, self.end = tuple(preserve), weight, end
         self.captions = [lesson.captions for lesson in lessons]
         self.latents = [trainee.model.process_latent_in(lesson.latent).to(trainee.device) for lesson in lessons]
         self.masks = [
@@ -103,7 +112,7 @@ class ResidualObjective(Objective):
         def keep() -> torch.Tensor:
             with torch.no_grad():
                 wanted = trainee.predict(of_others[0].clone(), *of_others[1:], 0.0)
-            return nn.functional.mse_loss(trainee.predict(of_others[0].clone(), *of_others[1:], 1.0), wanted)
+            return self.weight * nn.functional.mse_loss(trainee.predict(of_others[0].clone(), *of_others[1:], 1.0), wanted)
 
         return [learn, keep]
 

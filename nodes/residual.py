@@ -133,6 +133,18 @@ class ResidualTrain(io.ComfyNode):
                     ),
                 ),
                 io.Float.Input(
+                    "preserve_weight",
+                    default=0.1,
+                    min=0.01,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "How much those prompts count beside the pictures: more keeps more of them and learns more slowly. No effect where "
+                        "preserve is empty."
+                    ),
+                ),
+                io.Float.Input(
                     "end_percent",
                     default=1.0,
                     min=0.05,
@@ -152,11 +164,11 @@ class ResidualTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, images, prompt, identifier, class_word, steps, batch, learning_rate, rank_share, layers, seed, name,
-        previews=(0,), masks=None, preserve=("",), end_percent=(1.0,),
+        previews=(0,), masks=None, preserve=("",), preserve_weight=(0.1,), end_percent=(1.0,),
     ) -> io.NodeOutput:  # fmt: skip
         model, clip, vae, prompt, layers, name = (given[0] for given in (model, clip, vae, prompt, layers, name))
         identifier, class_word, seed, share, preserve = identifier[0].strip(), class_word[0].strip(), seed[0], rank_share[0], preserve[0]
-        end = end_percent[0]
+        end, weight = end_percent[0], preserve_weight[0]
         settings = Settings(steps[0], batch[0], learning_rate[0], share, 1.0, seed)
         stem, encode, family = checked_stem(name), encoder(clip), family_of(model.model)
         check_vae(model, vae)
@@ -171,10 +183,11 @@ class ResidualTrain(io.ComfyNode):
         lessons = [Lesson(latent, mask, text) for latent, (_, mask), text in zip(latents, given, texts, strict=True)]
 
         def begin(trainee: Trainee) -> Objective:
-            return ResidualObjective(trainee, lessons, batch=settings.batch, seed=seed, preserve=kept, end=end)
+            return ResidualObjective(trainee, lessons, batch=settings.batch, seed=seed, preserve=kept, weight=weight, end=end)
 
         kind = {"identifier": identifier, "class_word": class_word}
-        asked = {"prompt": prompt, "layers": layers, "of": "residual", "preserve": others, "end_percent": end, **kind}
+        asked = {"prompt": prompt, "layers": layers, "of": "residual", "preserve": others, "weight": weight, "end_percent": end}
+        asked |= kind
         inside = "" if masks is None else f", inside masks over {sum(float(mask.mean()) for _, mask in given) / len(given):.0%} of them"
         shown: Text = texts[0][0]
         return trained(
