@@ -236,6 +236,7 @@ class BindEffect(Effect):
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         within, left = course(model_sampling, *self.percents), remaining(model_sampling)
+
         def strength(call: Call) -> float:
             if within(call) == 0.0 or not self._positive(call):
                 return 0.0
