@@ -1,16 +1,16 @@
 """What a few pictures teach. `python run.py bench residual`.
 
 A character that the lab's models never saw, taught by Train Personalized Residual from four drawn pictures of 64 pixels and read by the eye
-(10 Euler steps, CFG 4). In parts: unet, wide (all layers of the UNet's attention blocks), crowd, dit. For each model,
+(10 Euler steps, CFG 4). In parts: unet, blocks, crowd, dit. For each model,
 
     MODEL_untaught_identity     pictures of the character where its word is said and nothing was taught
     MODEL_identity, _valid      the same with the residual, and pictures that are not spoilt: the UNet's is on the outputs of the attention
-                                blocks, as published, the DiT's on all layers of those blocks
+                                blocks, as published, the DiT's on all layers of those blocks but the prompt's; ordinary prompts preserved
     MODEL_shape, _bind          ordinary objects, with it on: right shape; right shape in the right colour
     MODEL_plain_shape, ...      the same without it
     MODEL_mistaken              ordinary objects that became the character
     MODEL_bytes                 of the file; residual_train_seconds: of the longest training
-    unet_published_*            the UNet's with nothing preserved and at all noise, in as many steps
+    MODEL_published_*           with nothing preserved and at all noise
 
 and on the UNet, each against one thing changed,
 
@@ -172,8 +172,10 @@ def seconds_of(rows: list[dict]) -> dict[str, Figure]:
 
 ROWS = {
     "unet": "UNet, attention outputs",
-    "unet_blocks": "UNet, attention and feed-forward",
-    "dit": "DiT, attention and feed-forward",
+    "unet_published": "the same at all noise, nothing preserved, as published",
+    "unet_blocks": "UNet, attention and feed-forward, nothing preserved",
+    "dit": "DiT, attention and feed-forward of the picture",
+    "dit_published": "the same, nothing preserved",
     "unet_masked": "UNet, something else in each picture, masks",
     "unet_unmasked": "the same without masks",
     "unet_untaught": "UNet, untaught",
