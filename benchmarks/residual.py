@@ -80,17 +80,17 @@ CLAIMS = {
 
 
 def teach(loaded, *, beside: int = 0, prompt: str = "", masked: bool = False, **changes) -> tuple[dict, float, int]:
-    """The residual, the seconds that it took, the bytes of its file."""
+    """The residual, the seconds that it took of a processor's own time, beside whatever else the machine does, and the bytes of its file."""
     word = WORDS[NAME]
     drawn, masks, captions = draw_portraits(NAME, PICTURES, word=word, height=SIZE, width=SIZE, seed=1, beside=beside)
     given = {"prompt": prompt or "\n".join(captions), "identifier": word, "class_word": "", "seed": 0, "name": NAME, "previews": 0}
     listed = {key: [value] for key, value in (given | changes).items()}
-    began = time.monotonic()
+    began = time.process_time()
     with scratch_folders(), torch.inference_mode():
         lora, _, path, report = ResidualTrain.execute(
             [loaded.model], [loaded.clip], [loaded.vae], [drawn], **listed, **({"masks": [masks]} if masked else {})
         ).result
-        seconds, size = time.monotonic() - began, Path(path).stat().st_size
+        seconds, size = time.process_time() - began, Path(path).stat().st_size
     log.info("%s: %.0f s, %d bytes", report.splitlines()[1], seconds, size)
     return lora, seconds, size
 
