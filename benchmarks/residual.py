@@ -80,7 +80,7 @@ CLAIMS = {
 
 
 def teach(loaded, *, beside: int = 0, prompt: str = "", masked: bool = False, **changes) -> tuple[dict, float, int]:
-    """The residual, the seconds that it took of a processor's own time, beside whatever else the machine does, and the bytes of its file."""
+    """The residual, the seconds of the processor's own time that it took, and the bytes of its file."""
     word = WORDS[NAME]
     drawn, masks, captions = draw_portraits(NAME, PICTURES, word=word, height=SIZE, width=SIZE, seed=1, beside=beside)
     given = {"prompt": prompt or "\n".join(captions), "identifier": word, "class_word": "", "seed": 0, "name": NAME, "previews": 0}
