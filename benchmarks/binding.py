@@ -10,8 +10,8 @@ says whether the exact set of shapes is there in their colours (`bind`). The gro
     excite      Attend-and-Excite, with gradients (UNet)
     free        Bind Words as it comes: groups compete, less and less, in the first half of sampling
 
-20 steps: what the lab's models draw is measured at as many everywhere else, and in half of them both draw more that nobody asked for. In
-parts, of each MODEL: two and single at 64 pixels, large at 128 (`binding128`; the UNet there with three things, too),
+20 steps, as `bench lab` measures how well these models draw. In parts, of each MODEL: two and single at 64 pixels, large at 128
+(`binding128`; the UNet there with three things, too),
 
     MODEL_binding_ARM          share of pictures that are bound
     MODEL_binding_ARM_gain     its difference from plain, picture by picture
