@@ -8,9 +8,10 @@ says whether the exact set of shapes is there in their colours (`bind`). The gro
     words       token suppression as published (T2I-Zero), on cross-attention
     dense       DenseDiffusion's bias with the scene's own boxes: what places are worth that nobody told the other arms
     excite      Attend-and-Excite, with gradients (UNet)
-    free        Bind Words as it comes: groups compete in the first half of sampling
+    free        Bind Words as it comes: groups compete, less and less, in the first half of sampling
 
-For each MODEL, at 64 pixels and at 128 (`binding128`; the UNet there with three things, too),
+20 steps, as `bench lab` measures how well these models draw. In parts, of each MODEL: two and single at 64 pixels, large at 128
+(`binding128`; the UNet there with three things, too),
 
     MODEL_binding_ARM          share of pictures that are bound
     MODEL_binding_ARM_gain     its difference from plain, picture by picture
@@ -42,10 +43,11 @@ from ..lab.scenes import COLOURS, KINDS
 from ..ops.masks import pool
 from ..ops.phrases import things
 from ._excite import Excite
-from ._report import Claim, Figure, mean, run, share
+from ._report import Claim, Figure, mean, run_parts, share
 
 log = logging.getLogger("concept_nodes.bench")
-STEPS, CFG, SEED, BATCH = 10, 4.0, 7100, 64
+STEPS, CFG, SEED, BATCH = 20, 4.0, 7100, 64
+PARTS = tuple(f"{name}_{kind}" for name in host_lab.MODELS for kind in ("two", "single", "large"))
 N, FEW, SAMPLE = 192, 32, 32  # pictures in the claimed rows; in the others; in a check
 WEIGHT, MARGIN = 1.2, 2.0
 CLAIMS = {
@@ -222,25 +224,30 @@ def figures_of(prefix: str, bound: dict[str, list]) -> dict[str, Figure]:
     return found | {f"{prefix}_faults": share(bound["leaked"])}
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     eye, figures, arms = Eye.load(), {}, []
     n, few = (SAMPLE, SAMPLE) if sample else (N, FEW)
-    for name in host_lab.MODELS:
+    for part in parts:
+        name, _, kind = part.partition("_")
         loaded = host_lab.load(name)
-        reference = [arm for arm in ARMS if arm not in FULL and not (name == "dit" and arm == "excite")]
-        for key, objects, size, count, which in (
-            (f"{name}_binding", 2, 64, n, [*FULL, *([] if sample else reference)]),
-            (f"{name}_binding128", 2, 128, few, FULL),
-            *(((f"{name}_binding128_three", 3, 128, few, [*FULL, *([] if sample else ["dense"])]),) if name == "unet" else ()),
-        ):
+        tasks: dict[str, tuple] = {}  # prefix of the figures -> objects, size, pictures, arms
+        if kind == "two":
+            others = [arm for arm in ARMS if arm not in FULL and not (name == "dit" and arm == "excite")]
+            tasks[f"{name}_binding"] = 2, 64, n, [*FULL, *([] if sample else others)]
+        elif kind == "large":
+            tasks[f"{name}_binding128"] = 2, 128, few, FULL
+            if name == "unet":
+                tasks["unet_binding128_three"] = 3, 128, few, [*FULL, *([] if sample else ["dense"])]
+        for key, (objects, size, count, which) in tasks.items():
             _, bound, rows = measure(loaded, eye, objects, size, count, which)
             figures |= figures_of(key, bound)
-            arms += [{"model": name} | row for row in rows]
-        _, bound, rows = measure(loaded, eye, 1, 64, n, FULL)
-        lost = [before - after for before, after in zip(bound["plain"], bound["free"], strict=True)]
-        figures[f"{name}_binding_single_drop"] = mean(lost)
-        arms += [{"model": name} | row for row in rows]
+            arms += [{"part": part, "model": name} | row for row in rows]
+        if kind == "single":
+            _, bound, rows = measure(loaded, eye, 1, 64, n, FULL)
+            lost = [before - after for before, after in zip(bound["plain"], bound["free"], strict=True)]
+            figures[f"{name}_binding_single_drop"] = mean(lost)
+            arms += [{"part": part, "model": name} | row for row in rows]
     return figures, arms
 
 
@@ -256,4 +263,4 @@ def table(figures: dict[str, Figure]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return run("binding", argv, _measure, CLAIMS)
+    return run_parts("binding", argv, PARTS, _measure, CLAIMS)

@@ -1,15 +1,16 @@
 """What a few pictures teach. `python run.py bench residual`.
 
 A character that the lab's models never saw, taught by Train Personalized Residual from four drawn pictures of 64 pixels and read by the eye
-(10 Euler steps, CFG 4). For each model,
+(10 Euler steps, CFG 4). In parts: unet, blocks, crowd, dit. For each model,
 
     MODEL_untaught_identity     pictures of the character where its word is said and nothing was taught
     MODEL_identity, _valid      the same with the residual, and pictures that are not spoilt: the UNet's is on the outputs of the attention
-                                blocks, as published, the DiT's on all layers of those blocks
+                                blocks, as published, the DiT's on all layers of those blocks but the prompt's; ordinary prompts preserved
     MODEL_shape, _bind          ordinary objects, with it on: right shape; right shape in the right colour
     MODEL_plain_shape, ...      the same without it
     MODEL_mistaken              ordinary objects that became the character
     MODEL_bytes                 of the file; residual_train_seconds: of the longest training
+    MODEL_published_*           with nothing preserved and at all noise
 
 and on the UNet, each against one thing changed,
 
@@ -25,13 +26,14 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..host import lab as host_lab
 from ..host.localize import MEDIAN, OTSU
-from ..host.residual_training import BLOCKS, OUTPUTS
+from ..host.residual_training import BLOCKS, OUTPUTS, PICTURE
 from ..lab.characters import WORDS, ask_for, drawn_hits, surest
 from ..lab.eye import Eye
 from ..lab.measure import ask, draw, hits
@@ -39,17 +41,33 @@ from ..lab.portraits import draw_portraits
 from ..lab.scenes import BACKGROUNDS
 from ..lab.sliders import scratch_folders
 from ..nodes.residual import Residual, ResidualTrain
-from ._report import Claim, Figure, mean, run, share
+from ._report import Claim, Figure, mean, run_parts, share
 
 log = logging.getLogger("concept_nodes.bench")
 NAME, PICTURES, SIZE, STEPS = "cat", 4, 64, 10
 N, SAMPLE = 32, 12  # pictures of each figure: in full, in a check
-RECIPES = {
-    "unet": {"steps": 250, "batch": 8, "learning_rate": 1e-2, "rank_share": 0.2, "layers": OUTPUTS},
-    "unet_blocks": {"steps": 150, "batch": 4, "learning_rate": 4e-3, "rank_share": 0.05, "layers": BLOCKS},
-    "crowd": {"steps": 150, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.15, "layers": OUTPUTS},
-    "dit": {"steps": 250, "batch": 8, "learning_rate": 3e-3, "rank_share": 0.025, "layers": BLOCKS},
+# Ordinary things that must stay what they are; none of the captions that are measured.
+PRESERVED = """a small red circle on the left on a white background
+a large blue square in the centre on a dark grey background
+a green triangle on the right on a light grey background
+a large yellow star at the top on a black background
+a small purple heart at the bottom on a white background
+a large orange crescent in the centre on a light grey background"""
+PUBLISHED = {"preserve": "", "end_percent": 1.0}
+UNET = {"steps": 250, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.2, "layers": OUTPUTS, "end_percent": 0.6}
+UNET |= {"preserve": PRESERVED, "preserve_weight": 0.1}
+DIT = {"steps": 150, "batch": 8, "learning_rate": 4e-3, "rank_share": 0.0125, "layers": PICTURE}
+DIT |= {"preserve": PRESERVED, "preserve_weight": 1.0}
+WIDE = {"steps": 150, "batch": 4, "learning_rate": 4e-3, "rank_share": 0.05, "layers": BLOCKS, "end_percent": 0.6}
+CROWD = {"steps": 150, "batch": 4, "learning_rate": 1e-2, "rank_share": 0.15, "layers": OUTPUTS, "end_percent": 0.6}
+CROWD |= {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}
+ARMS = {
+    "unet": {"unet": UNET, "unet_published": UNET | PUBLISHED},
+    "blocks": {"unet_blocks": WIDE},
+    "crowd": {"unet_masked": {**CROWD, "masked": True}, "unet_unmasked": CROWD},
+    "dit": {"dit": DIT, "dit_published": DIT | PUBLISHED},
 }
+PARTS = tuple(ARMS)
 CLAIMS = {
     "unet_identity": Claim(low=0.8),
     "dit_identity": Claim(low=0.8),
@@ -62,17 +80,17 @@ CLAIMS = {
 
 
 def teach(loaded, *, beside: int = 0, prompt: str = "", masked: bool = False, **changes) -> tuple[dict, float, int]:
-    """The residual, the seconds that it took, the bytes of its file."""
+    """The residual, the seconds of the processor's own time that it took, and the bytes of its file."""
     word = WORDS[NAME]
     drawn, masks, captions = draw_portraits(NAME, PICTURES, word=word, height=SIZE, width=SIZE, seed=1, beside=beside)
     given = {"prompt": prompt or "\n".join(captions), "identifier": word, "class_word": "", "seed": 0, "name": NAME, "previews": 0}
     listed = {key: [value] for key, value in (given | changes).items()}
-    began = time.monotonic()
+    began = time.process_time()
     with scratch_folders(), torch.inference_mode():
         lora, _, path, report = ResidualTrain.execute(
             [loaded.model], [loaded.clip], [loaded.vae], [drawn], **listed, **({"masks": [masks]} if masked else {})
         ).result
-        seconds, size = time.monotonic() - began, Path(path).stat().st_size
+        seconds, size = time.process_time() - began, Path(path).stat().st_size
     log.info("%s: %.0f s, %d bytes", report.splitlines()[1], seconds, size)
     return lora, seconds, size
 
@@ -110,28 +128,25 @@ def other_side(pictures: torch.Tensor) -> torch.Tensor:
     return torch.stack([picture[:, SIZE // 2 :] if at % 2 == 0 else picture[:, : SIZE // 2] for at, picture in enumerate(pictures)])
 
 
-def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     eye, n = Eye.load(), SAMPLE if sample else N
     figures: dict[str, Figure] = {}
-    rows, took = [], []
+    rows: list[dict] = []
 
-    def add(arm: str, found: dict[str, list[bool]], *keys: str) -> None:
+    def add(part: str, arm: str, found: dict[str, list[bool]], *keys: str, **more) -> None:
         figures.update({f"{arm}_{key}": share(found[key]) for key in keys})
-        rows.append({"arm": arm, "n": n} | {key: round(sum(values) / n, 4) for key, values in found.items()})
+        rows.append({"part": part, "arm": arm, "n": n} | {key: round(sum(values) / n, 4) for key, values in found.items()} | more)
         log.info("%s", rows[-1])
 
-    for kind in host_lab.MODELS:
+    for part in parts:
+        kind = "dit" if part == "dit" else "unet"
         with torch.inference_mode():
             loaded = host_lab.load(kind)
-        arms = {kind: RECIPES[kind]}
-        if kind == "unet":
-            arms["unet_blocks"] = RECIPES["unet_blocks"]
-            crowd = RECIPES["crowd"] | {"beside": 1, "prompt": f"a large {WORDS[NAME]}"}
-            arms |= {"unet_masked": {**crowd, "masked": True}, "unet_unmasked": crowd}
-        add(f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity", "valid")
-        add(f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
-        for arm, changes in arms.items():
+        if part == kind:
+            add(part, f"{kind}_untaught", said(loaded, loaded.model, eye, n), "identity", "valid")
+            add(part, f"{kind}_plain", ordinary(loaded, loaded.model, eye, n), "shape", "bind")
+        for arm, changes in ARMS[part].items():
             lora, seconds, size = teach(loaded, **changes)
             model, crowded = put(loaded, lora), "beside" in changes
             if arm == "unet":
@@ -139,23 +154,28 @@ def _measure(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
                 for how in ("off", MEDIAN, OTSU):
                     pictures = on_one_side(loaded, lora, n, how)
                     moved = (other_side(pictures) - untaught).abs().flatten(1).mean(1)
-                    add(f"unet_{how}", {"identity": [surest(one) == NAME for one in eye.read(pictures)]}, "identity")
+                    add(part, f"unet_{how}", {"identity": [surest(one) == NAME for one in eye.read(pictures)]}, "identity")
                     figures[f"unet_{how}_moved"] = mean(moved)
-            add(arm, said(loaded, model, eye, n), "identity", "alone" if crowded else "valid")
+            add(part, arm, said(loaded, model, eye, n), "identity", "alone" if crowded else "valid", seconds=round(seconds, 1))
             if not crowded:
-                add(arm, ordinary(loaded, model, eye, n), "shape", "bind", "mistaken")
-                took.append(seconds)
+                add(part, arm, ordinary(loaded, model, eye, n), "shape", "bind", "mistaken")
                 if not sample:
                     figures[f"{arm}_bytes"] = Figure(size, size, size, 1)
-    if not sample:
-        figures["residual_train_seconds"] = Figure(max(took), min(took), max(took), len(took))
     return figures, rows
+
+
+def seconds_of(rows: list[dict]) -> dict[str, Figure]:
+    """The longest of all trainings."""
+    took = [row["seconds"] for row in rows if "seconds" in row]
+    return {"residual_train_seconds": Figure(max(took), min(took), max(took), len(took))} if took else {}
 
 
 ROWS = {
     "unet": "UNet, attention outputs",
-    "unet_blocks": "UNet, attention and feed-forward",
-    "dit": "DiT, attention and feed-forward",
+    "unet_published": "the same at all noise, nothing preserved, as published",
+    "unet_blocks": "UNet, attention and feed-forward, nothing preserved",
+    "dit": "DiT, attention and feed-forward of the picture",
+    "dit_published": "the same, nothing preserved",
     "unet_masked": "UNet, something else in each picture, masks",
     "unet_unmasked": "the same without masks",
     "unet_untaught": "UNet, untaught",
@@ -190,4 +210,4 @@ def table(figures: dict[str, Figure]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    return run("residual", argv, _measure, CLAIMS)
+    return run_parts("residual", argv, PARTS, _measure, CLAIMS, joint=seconds_of)

@@ -87,8 +87,9 @@ class Form(Protocol):
 
 
 class Suppress:
-    """At every position only the words of the group that is strongest there are read. alone: every word is a group by itself, and what the
-    others would have got goes to nobody, as published for cross-attention.
+    """At every position only the words of the group that is strongest there are read: all of it in the first step, and less and less, as
+    Dense has it, because what is where is settled early and words held back later are missed in the details. alone: every word is a group
+    by itself, what the others would have got goes to nobody, and nothing fades, as published for cross-attention.
     """
 
     needs_places = False
@@ -97,7 +98,7 @@ class Suppress:
         self.sinks = alone
 
     def weight(self, strength: float, left: float) -> float:
-        return min(strength, 1.0)
+        return min(strength, 1.0) * (1.0 if self.sinks else left**ops.POWER)
 
     def bias(self, logits: torch.Tensor, now: Now) -> torch.Tensor:
         maps = ops.smoothed(ops.group_maps(logits.softmax(-1).mean(1), now.members), now.grid)
@@ -235,12 +236,11 @@ class BindEffect(Effect):
 
     def strengths(self, model_sampling) -> Callable[[Call], float]:
         within, left = course(model_sampling, *self.percents), remaining(model_sampling)
-        needs = self.form.needs_places
 
         def strength(call: Call) -> float:
             if within(call) == 0.0 or not self._positive(call):
                 return 0.0
-            return self.form.weight(self.strength, left(call) if needs else 1.0)
+            return self.form.weight(self.strength, left(call))
 
         self.strength_of = strength
         return strength

@@ -64,8 +64,8 @@ class Bind(io.ComfyNode):
                     max=2.0,
                     step=0.05,
                     tooltip=(
-                        f"'{GROUPS}', '{WORDS}': the share of attention that losing words lose, all from 1 on. '{DENSE}': the bias's "
-                        f"weight. '{SIMILARITY}': how far embeddings move. Neutral: 0, nothing."
+                        f"'{GROUPS}', '{WORDS}': the share of attention that losing words lose, all from 1 on; with '{GROUPS}' it "
+                        f"fades. '{DENSE}': the bias's weight. '{SIMILARITY}': how far embeddings move. Neutral: 0, nothing."
                     ),
                 ),
                 share_input("start_percent", 0.0, "Where in sampling it begins to act, from 0 (neutral, the first step) to 1."),

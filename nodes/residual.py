@@ -14,7 +14,7 @@ from ..host.filter import OFF
 from ..host.lag import CUTS, localized, place
 from ..host.localize import MEDIAN, OTSU
 from ..host.maps import Bound, bind
-from ..host.residual_training import LAYERS, OUTPUTS, Lesson, ResidualObjective, layers_of, rank_of
+from ..host.residual_training import LAYERS, OUTPUTS, Lesson, ResidualObjective, layers_of, least_rank, rank_of
 from ..host.slider_training import Text
 from ..host.training import Objective, Trainee, TrainingError
 from ..host.words import find, length_of
@@ -98,7 +98,10 @@ class ResidualTrain(io.ComfyNode):
                     min=0.001,
                     max=1.0,
                     step=0.01,
-                    tooltip="Rank of each layer's matrices as a share of its width, at least 4: .05 is 16, 32 and 64 in SD 1.5.",
+                    tooltip=(
+                        "Rank of each layer's matrices as a share of its width: .05 is 16, 32 and 64 in SD 1.5. At least 4 on the outputs, "
+                        "1 on all layers."
+                    ),
                 ),
                 io.Combo.Input(
                     "layers",
@@ -106,7 +109,8 @@ class ResidualTrain(io.ComfyNode):
                     default=OUTPUTS,
                     tooltip=(
                         "'attention outputs': what gives each block's attention to the picture, as published. 'attention and "
-                        "feed-forward': every layer of those blocks, for a subject that the first does not get; slower, a larger file."
+                        "feed-forward': every layer of those blocks, for a subject that the first does not get; slower, a larger file. "
+                        "'... of the picture': of these all but what makes something of the prompt."
                     ),
                 ),
                 *file_inputs("my subject", "strengths 0 and 1"),
@@ -118,6 +122,40 @@ class ResidualTrain(io.ComfyNode):
                         "Neutral: not connected, everywhere."
                     ),
                 ),
+                io.String.Input(
+                    "preserve",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip=(
+                        "Prompts without the identifier, one a line, that are to draw what they drew before: a few ordinary ones. The "
+                        "empty prompt is kept with them. A step takes about twice as long. Neutral: empty, nothing is kept, as published."
+                    ),
+                ),
+                io.Float.Input(
+                    "preserve_weight",
+                    default=0.1,
+                    min=0.01,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "How much those prompts count beside the pictures: more keeps more of them and learns more slowly. No effect where "
+                        "preserve is empty."
+                    ),
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.05,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip=(
+                        "Learns at the noise that sampling has from its first step, 0, up to this share of it. What a subject looks like "
+                        "is settled in noise; of the last steps it learns little. Neutral: 1, all of it, as published."
+                    ),
+                ),
             ],
             outputs=training_outputs("The residual, for Personalized Residual's `lora`."),
             is_output_node=True,
@@ -126,36 +164,44 @@ class ResidualTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, images, prompt, identifier, class_word, steps, batch, learning_rate, rank_share, layers, seed, name,
-        previews=(0,), masks=None,
+        previews=(0,), masks=None, preserve=("",), preserve_weight=(0.1,), end_percent=(1.0,),
     ) -> io.NodeOutput:  # fmt: skip
         model, clip, vae, prompt, layers, name = (given[0] for given in (model, clip, vae, prompt, layers, name))
-        identifier, class_word, seed, share = identifier[0].strip(), class_word[0].strip(), seed[0], rank_share[0]
+        identifier, class_word, seed, share, preserve = identifier[0].strip(), class_word[0].strip(), seed[0], rank_share[0], preserve[0]
+        end, weight = end_percent[0], preserve_weight[0]
         settings = Settings(steps[0], batch[0], learning_rate[0], share, 1.0, seed)
         stem, encode, family = checked_stem(name), encoder(clip), family_of(model.model)
         check_vae(model, vae)
         down = model.model.latent_format.spacial_downscale_ratio
         given = subjects(images, masks, down)
         lines = captions(prompt, len(given), identifier, class_word, lambda text, word: find(clip, family, text, word))
-        texts = [tuple(encode(line) for line in each) for each in lines]
+        others = kept_lines(preserve, identifier, lambda text, word: find(clip, family, text, word))
+        texts, kept = [tuple(encode(line) for line in each) for each in lines], [encode(line) for line in others]
         if len({text.context.shape for text in encode.read.values()}) > 1:
-            raise TrainingError("The prompt's lines take windows of unlike lengths. Make the longest ones shorter.")
+            raise TrainingError("The lines of prompt and preserve take windows of unlike lengths. Make the longest ones shorter.")
         latents = [vae.encode(picture[None])[0].clone() for picture, _ in given]
         lessons = [Lesson(latent, mask, text) for latent, (_, mask), text in zip(latents, given, texts, strict=True)]
 
         def begin(trainee: Trainee) -> Objective:
-            return ResidualObjective(trainee, lessons, batch=settings.batch, seed=seed)
+            return ResidualObjective(trainee, lessons, batch=settings.batch, seed=seed, preserve=kept, weight=weight, end=end)
 
         kind = {"identifier": identifier, "class_word": class_word}
+        asked = {"prompt": prompt, "layers": layers, "of": "residual", "preserve": others, "weight": weight, "end_percent": end}
+        asked |= kind
         inside = "" if masks is None else f", inside masks over {sum(float(mask.mean()) for _, mask in given) / len(given):.0%} of them"
         shown: Text = texts[0][0]
         return trained(
-            model, settings, stem, {"prompt": prompt, "layers": layers, "of": "residual", **kind}, encode, begin,
+            model, settings, stem, asked, encode, begin,
             Watched(shown, tuple(latents[0].shape[-2:]), previews[0], vae, (0.0, 1.0)),
             told=f"{len(given)} pictures of '{' '.join(filter(None, kind.values()))}'{inside}",
             about={**kind, "range": [-LIMIT, LIMIT], "kind": "personalized residual"},
-            how=f"personalized residual on {layers}",
+            how=f"personalized residual on {layers}"
+            + (f", up to {end:g} of sampling" if end < 1 else "")
+            + (f", other prompts preserved: {len(others) - 1}" if others else ""),
             seen=[*latents, *(mask for _, mask in given if mask is not None)],
-            on={"layers": layers_of(family, layers), "rank": rank_of(share), "alpha": None, "square": layers == OUTPUTS},
+            on={
+                "layers": layers_of(family, layers), "rank": rank_of(share, least_rank(layers)), "alpha": None, "square": layers == OUTPUTS
+            },
             kept=torch.float16,
         )  # fmt: skip
 
@@ -213,6 +259,19 @@ def captions(prompt: str, pictures: int, identifier: str, class_word: str, find)
                 where = f"The line '{line}' of prompt" if line else "prompt is empty: it"
                 raise TrainingError(f"{where} does not hold the {key} '{word}'. Write it there, or set {key} to a word that is there.")
     return [(line,) for line in lines] if len(lines) == pictures else [tuple(lines)] * pictures
+
+
+def kept_lines(preserve: str, identifier: str, find) -> list[str]:
+    """What is to stay as it is: the lines of `preserve` and the empty prompt, which guidance starts from; of no line nothing. find as in
+    `captions`. Raises TrainingError.
+    """
+    lines = [line.strip() for line in preserve.splitlines() if line.strip()]
+    for line in lines:
+        if find(line, identifier):
+            raise TrainingError(
+                f"The line '{line}' of preserve holds the identifier '{identifier}', which could then learn nothing. Take the word out."
+            )
+    return [*lines, ""] if lines else []
 
 
 class Residual(OfFile):

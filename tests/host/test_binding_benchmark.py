@@ -34,12 +34,12 @@ def test_each_group_has_its_own_objects_box():
 def test_all_of_it_runs(monkeypatch):
     for name, value in {"N": 3, "FEW": 2, "SAMPLE": 2, "STEPS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(bench, name, value)
-    figures, arms = bench._measure(False)
+    figures, arms = bench._measure(False, bench.PARTS)
     assert set(bench.CLAIMS) <= set(figures)
     assert {arm["arm"] for arm in arms if arm["model"] == "unet"} == set(bench.ARMS)
     assert figures["unet_binding_plain"].n == 3 and figures["unet_binding_dense"].n == 2
     assert bench.table(figures).count("\n") == len(bench.ARMS) + 1
-    sampled, _ = bench._measure(True)
+    sampled, _ = bench._measure(True, bench.PARTS)
     assert set(sampled) <= set(figures)
 
 

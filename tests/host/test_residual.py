@@ -17,7 +17,17 @@ from concept_nodes.host import adapters, lab, lag, localize
 from concept_nodes.host.dispatcher import attach
 from concept_nodes.host.families import family_of
 from concept_nodes.host.maps import Bound
-from concept_nodes.host.residual_training import BLOCKS, LEAST, OUTPUTS, Lesson, ResidualObjective, rank_of
+from concept_nodes.host.residual_training import (
+    BLOCKS,
+    LEAST,
+    OUTPUTS,
+    PICTURE,
+    Lesson,
+    ResidualObjective,
+    layers_of,
+    least_rank,
+    rank_of,
+)  # fmt: skip
 from concept_nodes.host.slider_training import Text
 from concept_nodes.host.training import Loop, Trainee, TrainingError, _Counted, published_names, sizes
 from concept_nodes.lab import sliders
@@ -48,10 +58,10 @@ def moved(trainee, size=0.1):
     return trainee
 
 
-def objective(trainee, model, mask=None, batch=2, seed=3, captions=1):
+def objective(trainee, model, mask=None, batch=2, seed=3, captions=1, **options):
     latent = models.seeded((trainee.model.latent_format.latent_channels, 8, 8), 7)
     given = tuple(text(model, 10 * number + 1) for number in range(captions))
-    return ResidualObjective(trainee, [Lesson(latent, mask, given)], batch=batch, seed=seed), latent
+    return ResidualObjective(trainee, [Lesson(latent, mask, given)], batch=batch, seed=seed, **options), latent
 
 
 HALF = torch.zeros(32, 32)
@@ -73,16 +83,25 @@ class TestRanks:
         assert len(layers) == 19 + 38
         assert all(not name.split(".")[-2].startswith("txt") for name in layers)
 
+    @pytest.mark.parametrize("kind", ["sd15", "flux"])
+    def test_the_pictures_layers_are_all_but_the_prompts(self, kind):
+        family = family_of(models.full_size(kind).model)
+        words = {"sd15": (".attn2.to_k", ".attn2.to_v"), "flux": (".txt_",)}[kind]
+        every, found = (set(self.layers(models.full_size(kind), layers_of(family, choice))) for choice in (BLOCKS, PICTURE))
+        assert found == {name for name in every if not any(word in name for word in words)}
+        assert len(found) < len(every) and len(found) > 100
+
     def test_no_less_than_what_can_learn(self):
         assert rank_of(0.05)(torch.nn.Linear(64, 64)) == LEAST
+        assert [rank_of(0.05, least_rank(choice))(torch.nn.Linear(16, 64)) for choice in (OUTPUTS, BLOCKS)] == [LEAST, 1]
         assert rank_of(0.5)(torch.nn.Conv2d(64, 64, 1)) == 32
         assert rank_of(0.5)(torch.nn.Linear(64, 256)) == rank_of(0.5)(torch.nn.Linear(256, 64)) == 32
 
     @staticmethod
-    def layers(patcher):
+    def layers(patcher, pattern=None):
         import re
 
-        pattern = family_of(patcher.model).residual_layers
+        pattern = pattern or family_of(patcher.model).residual_layers
         prefix = "diffusion_model."
         named = {name.removeprefix(prefix): layer for name, layer in patcher.model.named_modules() if name.startswith(prefix)}
         return {name: layer for name, layer in named.items() if re.search(pattern, name)}
@@ -125,6 +144,44 @@ class TestOnEveryFamily:
             assert loss(outside=100.0) == loss()
             # Ten thousand times its square, however small the mask: the loss is a mean over the mask.
             assert loss(inside=1000.0) == pytest.approx(1e6, rel=0.02)
+
+    def test_other_captions_are_held_to_what_they_said(self, kind):
+        """Beside the lesson, which stays what it was: the whole of the same pictures, half as many, against the untaught prediction."""
+        model = models.build(kind)
+        other = text(model, 50)
+        with learner(model) as trainee:
+            (alone,) = objective(trainee, model, HALF, batch=4)[0].losses(5)
+            made, latent = objective(trainee, model, HALF, batch=4, preserve=[other], weight=0.3)
+            plain, drawn = trainee.predict, []
+            trainee.predict = lambda *given: drawn.append(given) or plain(*given)
+            learn, keep = made.losses(5)
+            with torch.no_grad():
+                assert float(learn()) == float(alone())
+                assert float(keep()) == 0  # nothing was learnt yet
+            moved(trainee)
+            drawn.clear()
+            loss = keep()
+            (x, sigma, given, before), (_, _, _, after) = drawn
+            assert (len(x), before, after) == (2, 0.0, 1.0)
+            with torch.no_grad():
+                told = trainee.condition(other.context.repeat(2, 1, 1), None if other.pooled is None else other.pooled.repeat(2, 1), x)
+                first, last = (plain(x.clone(), sigma, told, strength) for strength in (0.0, 1.0))
+                assert float(loss.detach()) == pytest.approx(0.3 * float((last - first).square().mean()), rel=1e-4)
+            loss.backward()
+            assert any(parameter.grad is not None and parameter.grad.any() for parameter in trainee.parameters())
+
+    def test_up_to_a_share_of_sampling(self, kind):
+        """No less noise than there is at that share, and all of it up to there."""
+        model = models.build(kind)
+        with learner(model) as trainee:
+            least = trainee.sampling.percent_to_sigma(0.4)
+            drawn, plain = {}, trainee.predict
+            for end in (1.0, 0.4):
+                trainee.predict = lambda *given, end=end: drawn.setdefault(end, given[1]) is None or plain(*given)
+                with torch.no_grad():
+                    objective(trainee, model, batch=64, end=end)[0].losses(0)[0]()
+            assert float(drawn[1.0].min()) < least <= float(drawn[0.4].min())
+            assert float(drawn[0.4].max()) > trainee.sampling.percent_to_sigma(0.1)
 
     def test_a_mask_of_all_is_none(self, kind):
         model = models.build(kind)
@@ -245,6 +302,15 @@ class TestCaptions:
         with pytest.raises(TrainingError, match=told):
             self.captions(**given)
 
+    def test_what_is_kept_is_others_and_nothing(self):
+        def found(text):
+            return node.kept_lines(text, "sks", lambda line, word: word in line.split())
+
+        assert found(" \n") == []
+        assert found("a dog\n\n a robot ") == ["a dog", "a robot", ""]
+        with pytest.raises(TrainingError, match="'a sks dog' of preserve holds the identifier 'sks'"):
+            found("a dog\na sks dog")
+
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
@@ -295,6 +361,19 @@ class TestNode:
         put, told = Residual.execute(given.model, "none", 1.0, 0.0, 1.0, lora=lora).result
         assert put is not given.model
         assert "Its words are 'ohwx'" in told and f"{layers} layers" in told
+
+    def test_other_prompts_are_preserved(self, places):
+        """They lead elsewhere, and the file says so."""
+        given = loaded("unet")
+        (plain, _, at, _), (kept, _, other, _) = (
+            train(given, name=name, preserve=lines).result for name, lines in (("plain", ""), ("kept", "a red circle\na heart"))
+        )
+        assert any(not torch.equal(plain[key], kept[key]) for key in plain)
+        told = []
+        for path in (at, other):
+            with safe_open(path, framework="pt") as file:
+                told.append(json.loads(file.metadata()["concept_nodes"])["objective"])
+        assert "preserved" not in told[0] and "attention outputs, other prompts preserved: 2," in told[1]
 
     def test_a_cancelled_training_goes_on(self, places):
         given = loaded("unet")
