@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shares import Shares
+from .shares import Shares, weigh
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -45,6 +45,10 @@ class Factors(NamedTuple):
     rows: tuple[int, int] | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]  # len of a tensor takes microseconds, and this is asked a hundred times for a layer
 
 
 def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
@@ -184,14 +188,14 @@ class _Apart:
         self.ups, first = [], 0
         for rows in _spans(factors for _, factors in flat):
             own = [[item for item in flat if item[1].rows == rows and places[item[0]] == place] for place in self._of]
-            width = max(sum(len(factors.down) for _, factors in items) for items in own)
-            outputs = next(len(factors.up) for items in own for _, factors in items)
+            width = max(sum(factors.rank for _, factors in items) for items in own)
+            outputs = next(factors.up.shape[0] for items in own for _, factors in items)
             ups = []
             for at, items in enumerate(own):
-                missing = width - sum(len(factors.down) for _, factors in items)
+                missing = width - sum(factors.rank for _, factors in items)
                 parts = [factors.up.float() for _, factors in items]
                 downs[at] += [factors.down.float().flatten(1) for _, factors in items]
-                self._gains[at] += [(owner, factors.scale, len(factors.down)) for owner, factors in items]
+                self._gains[at] += [(owner, factors.scale, factors.rank) for owner, factors in items]
                 if missing:
                     parts.append(torch.zeros(outputs, missing))
                     downs[at].append(torch.zeros(missing, flat[0][1].down[0].numel()))
@@ -203,19 +207,26 @@ class _Apart:
         self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
-        """What `use` takes: the gains of each bucket's places, and the shares."""
+        """What `use` takes: for each bucket's places their shares times their gains, or these apart where the ranks of a place have unlike
+        ones; and the shares.
+        """
         gains = [[strengths[owner] * scale for owner, scale, _ in row] for row in self._gains]
-        if all(len(set(row)) == 1 for row in gains):
+        alike = all(len(set(row)) == 1 for row in gains)
+        if alike:
             gain = torch.tensor([row[:1] for row in gains])
         else:
             every = zip(gains, self._gains, strict=True)
             gain = torch.tensor([[one for one, (*_, rank) in zip(*row, strict=True) for _ in range(rank)] for row in every])
         gain = gain[:, None, None, :].to(self.down.device)
-        return {places: gain if self._is_all(at) else gain[at] for places, at in ((own, self._at(own)) for own in shares.groups())}, shares
+        factors = {}
+        for places, weight in shares.weights().items():
+            at = self._at(places)
+            own = gain if self._is_all(at) else gain[at]
+            factors[places] = (weight * own, None) if alike else (weight, own)
+        return factors, shares
 
     def use(self, setting: tuple) -> None:
-        gains, self.shares = setting
-        self.gains = {places: gain.to(self.down.device) for places, gain in gains.items()}
+        self.factors, self.shares = setting
         self._cut()
 
     def _at(self, places: Sequence[int]) -> list[int]:
@@ -226,18 +237,17 @@ class _Apart:
 
     def _cut(self) -> None:
         """The matrices of each bucket's places, cut out once and not in every call."""
-        for places in self.gains:
+        for places in self.factors:
             at = self._at(places)
             if self._is_all(at):
                 self._parts[places] = self.down, self.ups
             elif places not in self._parts:
                 self._parts[places] = self.down[at], [(rows, first, up[at]) for rows, first, up in self.ups]
-        while len(self._parts) > max(self.PARTS, len(self.gains)):
-            self._parts.pop(next(places for places in self._parts if places not in self.gains))
+        while len(self._parts) > max(self.PARTS, len(self.factors)):
+            self._parts.pop(next(places for places in self._parts if places not in self.factors))
 
     def follow(self, x: Tensor) -> None:
         self.down = self.down.to(x.device, x.dtype)
-        self.gains = {places: gain.to(x.device) for places, gain in self.gains.items()}
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
         self._parts.clear()
         self._cut()
@@ -246,9 +256,9 @@ class _Apart:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
             down, ups = self._parts[bucket.places]
-            z = bucket.weigh(torch.bmm(bucket.pick(x), down), self.gains[bucket.places])
+            z = weigh(torch.bmm(bucket.pick(x), down), *self.factors[bucket.places])
             for rows, first, up in ups:
-                bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
+                bucket.add(_narrow(flat, rows), torch.bmm(z if len(ups) == 1 else z.narrow(2, first, up.shape[1]), up))
 
     def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
         if tuple(y.shape[2:]) != self.shares.grid and (self.shares.grid or y.shape[2:].numel() != self.shares.tokens):
@@ -256,7 +266,7 @@ class _Apart:
             return
         added = y.new_zeros(len(y), y.shape[2:].numel(), y.shape[1])
         self.add_linear(added, x.flatten(2).transpose(1, 2).contiguous())
-        y.view(*y.shape[:2], -1).add_(added.transpose(1, 2))
+        y.view(*y.shape[:2], -1).add_(added.transpose(1, 2).contiguous())  # adding across the grain takes longer than both
 
 
 class _Crops:
@@ -276,8 +286,8 @@ class _Crops:
                 ups.append((rows, first, up[:, :, None, None]))
                 first += up.shape[1]
             self.parts[place] = torch.cat([factors.down.to(device, dtype) for _, factors in own]), ups
-            self._owners[place] = torch.tensor([owner for owner, factors in own for _ in factors.down])
-            self._scales[place] = torch.tensor([factors.scale for _, factors in own for _ in factors.down])
+            self._owners[place] = torch.tensor([owner for owner, factors in own for _ in range(factors.rank)])
+            self._scales[place] = torch.tensor([factors.scale for _, factors in own for _ in range(factors.rank)])
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
         """What `use` takes: the gains (r, 1, 1) of each place, and the shares."""
@@ -468,7 +478,7 @@ class Stack:
         ranks: dict[int, int] = {}
         for owner, factors in self._flat:
             if places[owner] is not None:
-                ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
+                ranks[places[owner]] = ranks.get(places[owner], 0) + factors.rank
         if shares.tokens == 1 or len(ranks) < 2 or shares.whole:
             return False
         if not self._by_rows:

@@ -191,8 +191,7 @@ class TestKindsThatTakeTurns:
         together, layers = len(made), len(set(map(id, made)))
         made.clear()
         models.sample(sampling.one_by_one(placed), steps=6)
-        # When it is joined, each layer gets gains for the whole picture first.
-        assert (together, len(made)) == (2 * layers, 3 * layers)
+        assert (together, len(made)) == (layers, 2 * layers)
 
     def test_a_strength_that_changes_reaches_them(self, unet, made):
         """A window that ends in the middle, while another LoRA acts on."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from concept_nodes.ops.attention import blend
 from concept_nodes.ops.lora import Factors, Stack, _Apart, _Crops, _Together
-from concept_nodes.ops.shares import Shares
+from concept_nodes.ops.shares import Shares, weigh
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ class TestShares:
         rows = shared(places, tokens, seed, hard)
         x, y = random(batch, tokens, 3, seed=seed + 1), torch.zeros(batch, tokens, 3)
         for bucket in Shares(rows).buckets(batch, tokens):
-            bucket.add(y.view(-1, 3), bucket.weigh(bucket.pick(x)))
+            bucket.add(y.view(-1, 3), weigh(bucket.pick(x), bucket.weight))
         torch.testing.assert_close(y, x * rows.sum(0)[..., None], rtol=1e-5, atol=1e-6)
 
     def test_places_of_like_size_go_together(self):
@@ -55,7 +55,7 @@ class TestShares:
         rows = shared(3, 20, seed=4, batch=2)
         x, y = random(2, 20, 5), torch.zeros(2, 20, 5)
         for bucket in Shares(rows).buckets(2, 20):
-            bucket.add(y.view(-1, 5), bucket.weigh(bucket.pick(x)))
+            bucket.add(y.view(-1, 5), weigh(bucket.pick(x), bucket.weight))
         torch.testing.assert_close(y, x * rows.sum(0)[..., None])
 
     def test_a_shorter_sequence_is_not_the_one_shared_out(self):
