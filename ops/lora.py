@@ -121,14 +121,17 @@ class _Together:
         self._scales = torch.tensor([factors.scale for _, factors in flat], dtype=torch.float32).repeat_interleave(ranks)
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> tuple:
-        """What `use` takes: the gain of each rank, its place, and the shares."""
-        gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+        """What `use` takes: the gain of each rank, its place, the shares, and for tokens the shares times the gains, where these stay."""
+        gains = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).tolist()
+        gain = torch.tensor(gains, device=self.down.device)
         if shares is None:
-            return gain, None, None
-        return gain, torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device), shares
+            return gain, None, None, None
+        columns = [places[owner] for owner in self._owners.tolist()]
+        lasting = self.down.ndim == 2 and not shares.whole
+        return gain, torch.tensor(columns, device=self.down.device), shares, shares.times(columns, gains) if lasting else None
 
     def use(self, setting: tuple) -> None:
-        gain, columns, self.shares = setting
+        gain, columns, self.shares, self.factors = setting
         self.gain, self.columns = gain.to(self.down.device), None if columns is None else columns.to(self.down.device)
 
     def follow(self, x: Tensor) -> None:
@@ -136,16 +139,20 @@ class _Together:
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
-        z = F.linear(x, self.down).mul_(self.gain)
-        if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
-            z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
-        elif self.shares is not None:
-            missing = z.shape[-2] - self.shares.tokens
-            if missing < 0:  # not the sequence that was shared out
-                self.shares.missed = True
-                return
-            rows = self.shares.rows.movedim(0, -1)[..., self.columns]
-            z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
+        z = F.linear(x, self.down)
+        if self.factors is not None and z.ndim == 3 and z.shape[1] == self.shares.tokens:
+            z = z.mul_(self.factors)
+        else:
+            z = z.mul_(self.gain)
+            if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
+                z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
+            elif self.shares is not None:
+                missing = z.shape[-2] - self.shares.tokens
+                if missing < 0:  # not the sequence that was shared out
+                    self.shares.missed = True
+                    return
+                rows = self.shares.rows.movedim(0, -1)[..., self.columns]
+                z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
         z, flat = z.flatten(0, -2), y.view(-1, y.shape[-1])
         for rows, first, up in self.ups:
             out, part = _narrow(flat, rows), z.narrow(1, first, up.shape[1])

@@ -7,6 +7,7 @@ the work grows with the rows that places have and the number of operations does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class Shares:
     def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None, whole: bool = False):
         self.rows, self.grid, self.whole = rows, grid, whole
         self._buckets: dict[tuple[int, int], list[Bucket]] = {}
+        self._times: dict[tuple, Tensor] = {}
         self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         # Whether a layer had other rows than these, and so got nothing of them.
         self.missed = False
@@ -110,6 +112,13 @@ class Shares:
         if (batch, tokens) not in self._buckets:
             self._buckets[batch, tokens] = [self._bucket(places, batch, tokens) for places in self.groups()]
         return self._buckets[batch, tokens]
+
+    def times(self, columns: Sequence[int], gains: Sequence[float]) -> Tensor:
+        """(B or 1, tokens, R): for R columns the shares of one place times a gain. Layers of like adapters have one between them."""
+        key = tuple(columns), tuple(gains)
+        if key not in self._times:
+            self._times[key] = self.rows.movedim(0, -1)[..., list(columns)] * torch.tensor(gains, device=self.rows.device)
+        return self._times[key]
 
     def weights(self) -> dict[tuple[int, ...], Tensor]:
         """What the places of each bucket have of its rows (P, B or 1, n, 1), whatever the batch."""
