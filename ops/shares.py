@@ -53,6 +53,8 @@ class Shares:
     device, and gives operations other shapes).
     """
 
+    TIMES = 4  # settings of gains whose products with the shares are kept
+
     def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None, whole: bool = False):
         self.rows, self.grid, self.whole = rows, grid, whole
         self._buckets: dict[tuple[int, int], list[Bucket]] = {}
@@ -117,6 +119,8 @@ class Shares:
         """(B or 1, tokens, R): for R columns the shares of one place times a gain. Layers of like adapters have one between them."""
         key = tuple(columns), tuple(gains)
         if key not in self._times:
+            while len(self._times) >= self.TIMES:  # strengths may change in every step
+                self._times.pop(next(iter(self._times)))
             self._times[key] = self.rows.movedim(0, -1)[..., list(columns)] * torch.tensor(gains, device=self.rows.device)
         return self._times[key]
 
