@@ -61,17 +61,24 @@ class CrossAct:
             return inner(x, context=context, value=value, mask=mask, transformer_options=options)
         self.called = True
 
+        # Keys and values are kept as the attention sorts them, head by head; who overrides it is given what a module would give.
+        sorts = "optimized_attention_override" not in options
+
         def attend(q, k, v):
-            return optimized_attention(q, k, v, module.heads, attn_precision=module.attn_precision, transformer_options=options)
+            q = _by_heads(q, module.heads) if sorts else q
+            how = {"attn_precision": module.attn_precision, "transformer_options": options}
+            return optimized_attention(q, k, v, module.heads, **how, **({"skip_reshape": True} if sorts else {}))
 
         q = module.to_q(x)
-        key = None if self.of is None else (self.of, x.shape, x.dtype, context.shape)
+        key = None if self.of is None else (self.of, x.shape, x.dtype, context.shape, sorts)
         if key in self._kept:
             texts = self._kept[key][0]
         else:
             keys = module.to_k(self._behind_one_another(context)).split(self.lengths, 1)
             values = module.to_v(self._behind_one_another(context if value is None else value)).split(self.lengths, 1)
             texts = sort_texts(q, keys, values, self.shares)
+            if sorts:
+                texts = [(bucket, _by_heads(k, module.heads), _by_heads(v, module.heads)) for bucket, k, v in texts]
             if key is not None:
                 self._keep(key, texts)
         return module.to_out(blend_sorted(attend, q, texts))
@@ -92,6 +99,11 @@ class CrossAct:
         rows = len(context) // len(texts)
         chunks = zip(context.split(rows), texts, strict=True)
         return torch.cat([repeated(own if text is None else text.to(own).expand(rows, -1, -1), length) for own, text in chunks])
+
+
+def _by_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(rows, n, width) as (rows, heads, n, width / heads)"""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2).contiguous()
 
 
 class SelfAct:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .shares import Bucket, Shares
+from .shares import Bucket, Shares, weigh
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,7 +45,7 @@ def blend_sorted(attend: Attend, q: Tensor, texts: Sequence[tuple[Bucket, Tensor
         read = attend(asked.reshape(len(k), -1, q.shape[-1]), k, v)
         if torch.is_grad_enabled():  # some attentions keep their output for the backward pass
             read = read.clone()
-        bucket.add(out.view(-1, out.shape[-1]), bucket.weigh(read.reshape(asked.shape)))
+        bucket.add(out.view(-1, out.shape[-1]), weigh(read.reshape(asked.shape), bucket.weight))
     return out
 
 

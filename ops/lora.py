@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shares import Shares
+from .shares import Shares, weigh
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -45,6 +45,10 @@ class Factors(NamedTuple):
     rows: tuple[int, int] | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]  # len of a tensor takes microseconds, and this is asked a hundred times for a layer
 
 
 def merge_middle(down: Tensor, middle: Tensor) -> Tensor:
@@ -117,14 +121,17 @@ class _Together:
         self._scales = torch.tensor([factors.scale for _, factors in flat], dtype=torch.float32).repeat_interleave(ranks)
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares | None) -> tuple:
-        """What `use` takes: the gain of each rank, its place, and the shares."""
-        gain = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).to(self.down.device)
+        """What `use` takes: the gain of each rank, its place, the shares, and for tokens the shares times the gains, where these stay."""
+        gains = (torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales).tolist()
+        gain = torch.tensor(gains, device=self.down.device)
         if shares is None:
-            return gain, None, None
-        return gain, torch.tensor([places[owner] for owner in self._owners.tolist()], device=self.down.device), shares
+            return gain, None, None, None
+        columns = [places[owner] for owner in self._owners.tolist()]
+        lasting = self.down.ndim == 2 and not shares.whole
+        return gain, torch.tensor(columns, device=self.down.device), shares, shares.times(columns, gains) if lasting else None
 
     def use(self, setting: tuple) -> None:
-        gain, columns, self.shares = setting
+        gain, columns, self.shares, self.factors = setting
         self.gain, self.columns = gain.to(self.down.device), None if columns is None else columns.to(self.down.device)
 
     def follow(self, x: Tensor) -> None:
@@ -132,16 +139,20 @@ class _Together:
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
-        z = F.linear(x, self.down).mul_(self.gain)
-        if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
-            z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
-        elif self.shares is not None:
-            missing = z.shape[-2] - self.shares.tokens
-            if missing < 0:  # not the sequence that was shared out
-                self.shares.missed = True
-                return
-            rows = self.shares.rows.movedim(0, -1)[..., self.columns]
-            z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
+        z = F.linear(x, self.down)
+        if self.factors is not None and z.ndim == 3 and z.shape[1] == self.shares.tokens:
+            z = z.mul_(self.factors)
+        else:
+            z = z.mul_(self.gain)
+            if self.shares is not None and z.ndim == 2:  # one row for each picture of the batch
+                z = z.mul_(self.shares.rows[..., 0].t()[:, self.columns])
+            elif self.shares is not None:
+                missing = z.shape[-2] - self.shares.tokens
+                if missing < 0:  # not the sequence that was shared out
+                    self.shares.missed = True
+                    return
+                rows = self.shares.rows.movedim(0, -1)[..., self.columns]
+                z = z.mul_(F.pad(rows, (0, 0, 0, missing)) if missing else rows)
         z, flat = z.flatten(0, -2), y.view(-1, y.shape[-1])
         for rows, first, up in self.ups:
             out, part = _narrow(flat, rows), z.narrow(1, first, up.shape[1])
@@ -167,7 +178,8 @@ class _Together:
 
 
 class _Apart:
-    """Adapters of a linear layer, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled up with zeros to one r.
+    """Adapters of a linear layer or of a 1x1 convolution, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled
+    up with zeros to one r.
 
     down (P, in, r); ups: (rows, first column, B (P, columns, n)).
     """
@@ -177,61 +189,72 @@ class _Apart:
     def __init__(self, flat: Sequence[tuple[int, Factors]], places: Sequence[int | None], device, dtype: torch.dtype):
         self._of = sorted({places[owner] for owner, _ in flat})
         downs: list[list[Tensor]] = [[] for _ in self._of]
-        gains: list[list[tuple[int, float]]] = [[] for _ in self._of]
+        # Of each place: owner, scale and rank, one after another. What fills up, which is zeros, goes by the place's first.
+        self._gains: list[list[tuple[int, float, int]]] = [[] for _ in self._of]
+        leading = [next((owner, factors.scale) for owner, factors in flat if places[owner] == place) for place in self._of]
         self.ups, first = [], 0
         for rows in _spans(factors for _, factors in flat):
             own = [[item for item in flat if item[1].rows == rows and places[item[0]] == place] for place in self._of]
-            width = max(sum(len(factors.down) for _, factors in items) for items in own)
-            up = torch.zeros(len(own), width, next(factors for items in own for _, factors in items).up.shape[0])
+            width = max(sum(factors.rank for _, factors in items) for items in own)
+            outputs = next(factors.up.shape[0] for items in own for _, factors in items)
+            ups = []
             for at, items in enumerate(own):
-                filled = 0
-                for owner, factors in items:
-                    rank = len(factors.down)
-                    downs[at].append(factors.down.float())
-                    gains[at] += [(owner, factors.scale)] * rank
-                    up[at, filled : filled + rank] = factors.up.float().t()
-                    filled += rank
-                if filled < width:
-                    downs[at].append(torch.zeros(width - filled, flat[0][1].down.shape[1]))
-                    gains[at] += [(-1, 0.0)] * (width - filled)
-            self.ups.append((rows, first, up.to(device, dtype)))
+                missing = width - sum(factors.rank for _, factors in items)
+                parts = [factors.up.float() for _, factors in items]
+                downs[at] += [factors.down.float().flatten(1) for _, factors in items]
+                self._gains[at] += [(owner, factors.scale, factors.rank) for owner, factors in items]
+                if missing:
+                    parts.append(torch.zeros(outputs, missing))
+                    downs[at].append(torch.zeros(missing, flat[0][1].down[0].numel()))
+                    self._gains[at].append((*leading[at], missing))
+                ups.append(_beside(parts, 1))
+            self.ups.append((rows, first, torch.stack(ups).transpose(1, 2).to(device, dtype)))
             first += width
-        self.down = torch.stack([torch.cat(parts) for parts in downs]).transpose(1, 2).to(device, dtype)
-        self._owners = torch.tensor([[max(owner, 0) for owner, _ in row] for row in gains])
-        self._scales = torch.tensor([[scale for _, scale in row] for row in gains])
-        self._filled = torch.tensor([[owner < 0 for owner, _ in row] for row in gains])
+        self.down = torch.stack([_beside(parts, 0) for parts in downs]).transpose(1, 2).to(device, dtype)
         self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
-        """What `use` takes: the gains of each bucket's places, and the shares."""
-        gain = torch.tensor(strengths, dtype=torch.float32)[self._owners] * self._scales
-        if bool(((gain == gain[:, :1]) | self._filled).all()):
-            gain = gain[:, :1]
+        """What `use` takes: for each bucket's places their shares times their gains, or these apart where the ranks of a place have unlike
+        ones; and the shares.
+        """
+        gains = [[strengths[owner] * scale for owner, scale, _ in row] for row in self._gains]
+        alike = all(len(set(row)) == 1 for row in gains)
+        if alike:
+            gain = torch.tensor([row[:1] for row in gains])
+        else:
+            every = zip(gains, self._gains, strict=True)
+            gain = torch.tensor([[one for one, (*_, rank) in zip(*row, strict=True) for _ in range(rank)] for row in every])
         gain = gain[:, None, None, :].to(self.down.device)
-        return {places: gain[self._at(places)] for places in shares.groups()}, shares
+        factors = {}
+        for places, weight in shares.weights().items():
+            at = self._at(places)
+            own = gain if self._is_all(at) else gain[at]
+            factors[places] = (weight * own, None) if alike else (weight, own)
+        return factors, shares
 
     def use(self, setting: tuple) -> None:
-        gains, self.shares = setting
-        self.gains = {places: gain.to(self.down.device) for places, gain in gains.items()}
+        self.factors, self.shares = setting
         self._cut()
 
     def _at(self, places: Sequence[int]) -> list[int]:
         return [self._of.index(place) for place in places]
 
+    def _is_all(self, at: Sequence[int]) -> bool:
+        return at == list(range(len(self._of)))
+
     def _cut(self) -> None:
         """The matrices of each bucket's places, cut out once and not in every call."""
-        for places in self.gains:
+        for places in self.factors:
             at = self._at(places)
-            if at == list(range(len(self._of))):
+            if self._is_all(at):
                 self._parts[places] = self.down, self.ups
             elif places not in self._parts:
                 self._parts[places] = self.down[at], [(rows, first, up[at]) for rows, first, up in self.ups]
-        while len(self._parts) > max(self.PARTS, len(self.gains)):
-            self._parts.pop(next(places for places in self._parts if places not in self.gains))
+        while len(self._parts) > max(self.PARTS, len(self.factors)):
+            self._parts.pop(next(places for places in self._parts if places not in self.factors))
 
     def follow(self, x: Tensor) -> None:
         self.down = self.down.to(x.device, x.dtype)
-        self.gains = {places: gain.to(x.device) for places, gain in self.gains.items()}
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
         self._parts.clear()
         self._cut()
@@ -240,9 +263,17 @@ class _Apart:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
             down, ups = self._parts[bucket.places]
-            z = bucket.weigh(torch.bmm(bucket.pick(x), down), self.gains[bucket.places])
+            z = weigh(torch.bmm(bucket.pick(x), down), *self.factors[bucket.places])
             for rows, first, up in ups:
-                bucket.add(_narrow(flat, rows), torch.bmm(z.narrow(2, first, up.shape[1]), up))
+                bucket.add(_narrow(flat, rows), torch.bmm(z if len(ups) == 1 else z.narrow(2, first, up.shape[1]), up))
+
+    def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
+        if tuple(y.shape[2:]) != self.shares.grid and (self.shares.grid or y.shape[2:].numel() != self.shares.tokens):
+            self.shares.missed = True
+            return
+        added = y.new_zeros(len(y), y.shape[2:].numel(), y.shape[1])
+        self.add_linear(added, x.flatten(2).transpose(1, 2).contiguous())
+        y.view(*y.shape[:2], -1).add_(added.transpose(1, 2).contiguous())  # adding across the grain takes longer than both
 
 
 class _Crops:
@@ -262,8 +293,8 @@ class _Crops:
                 ups.append((rows, first, up[:, :, None, None]))
                 first += up.shape[1]
             self.parts[place] = torch.cat([factors.down.to(device, dtype) for _, factors in own]), ups
-            self._owners[place] = torch.tensor([owner for owner, factors in own for _ in factors.down])
-            self._scales[place] = torch.tensor([factors.scale for _, factors in own for _ in factors.down])
+            self._owners[place] = torch.tensor([owner for owner, factors in own for _ in range(factors.rank)])
+            self._scales[place] = torch.tensor([factors.scale for _, factors in own for _ in range(factors.rank)])
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
         """What `use` takes: the gains (r, 1, 1) of each place, and the shares."""
@@ -386,8 +417,8 @@ class Stack:
     """All adapters of one layer, called with the layer's output and input: returns the output with what they add.
 
     `adapters` holds one sequence of factors per adapter (several where it writes to several groups of rows), `convolution` the stride,
-    padding and dilation of the layer where it is one. A and B are kept in `dtype`, gains in float32. Strengths change by
-    `set_strengths`, which replaces tensors by some of the same shape, so that torch.compile keeps its graph.
+    padding and dilation of the layer where it is one. A and B are kept in `dtype`, gains in float32. It acts once it was told how strongly.
+    Strengths change by `set_strengths`, which replaces tensors by some of the same shape, so that torch.compile keeps its graph.
     """
 
     # Rows times ranks that picking rows, or cutting boxes, must save to be worth its own cost: measured on a processor at widths from 64
@@ -397,10 +428,11 @@ class Stack:
     def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
         self.convolution, self.device, self.dtype = convolution, device, dtype
+        # Each row of the output comes of one of the input.
+        self._by_rows = convolution is None or _is_pointwise(convolution, {tuple(one.down.shape[2:]) for _, one in self._flat})
         self._built: dict[tuple, tuple[_Together | None, _Together | _Apart | _Crops | None]] = {}
         dora = [item for item in self._flat if item[1].gain is not None]
         self._magnitudes = _Magnitudes(dora, device, dtype) if dora else None
-        self.set_strengths([1.0] * len(adapters))
 
     def set_strengths(self, strengths: Sequence[float], places: Sequence[int | None] = (), shares: Shares | None = None) -> None:
         """One strength per adapter, in the order they were given in, and the place in `shares` of each that has one: rows are the tokens
@@ -446,17 +478,17 @@ class Stack:
             return first, None
         if not apart:
             return first, _Together(placed, self.device, self.dtype)
-        return first, (_Apart if self.convolution is None else _Crops)(placed, places, self.device, self.dtype)
+        return first, (_Apart if self._by_rows else _Crops)(placed, places, self.device, self.dtype)
 
     def _saves(self, places: Sequence[int | None], shares: Shares) -> bool:
         """Whether it takes less work to compute each place's adapters on its own rows."""
         ranks: dict[int, int] = {}
         for owner, factors in self._flat:
             if places[owner] is not None:
-                ranks[places[owner]] = ranks.get(places[owner], 0) + len(factors.down)
+                ranks[places[owner]] = ranks.get(places[owner], 0) + factors.rank
         if shares.tokens == 1 or len(ranks) < 2 or shares.whole:
             return False
-        if self.convolution is not None:
+        if not self._by_rows:
             plane = shares.grid is not None and all(factors.down.ndim == 4 for _, factors in self._flat)
             if not plane or isinstance(self.convolution["padding"], str):
                 return False
@@ -498,6 +530,16 @@ class Stack:
 def _spans(factors: Iterable[Factors]) -> list[tuple[int, int] | None]:
     """The groups of outputs that are written to."""
     return sorted({one.rows for one in factors}, key=lambda rows: rows or (0, 0))
+
+
+def _is_pointwise(convolution: dict, kernels: Iterable[tuple[int, ...]]) -> bool:
+    padding = convolution["padding"]
+    still = set(convolution["stride"]) == {1} and not isinstance(padding, str) and set(padding) == {0}
+    return still and all(set(kernel) == {1} for kernel in kernels)
+
+
+def _beside(parts: Sequence[Tensor], dimension: int) -> Tensor:
+    return torch.cat(list(parts), dimension) if len(parts) > 1 else parts[0]
 
 
 def _narrow(y: Tensor, rows: tuple[int, int] | None, dimension: int = 1) -> Tensor:

@@ -7,6 +7,7 @@ the work grows with the rows that places have and the number of operations does 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,15 +35,16 @@ class Bucket(NamedTuple):
         """(P, B * n, channels): the rows of x (B, tokens, channels), place by place."""
         return x.flatten(0, -2).index_select(0, self.rows).view(len(self.places), -1, x.shape[-1])
 
-    def weigh(self, z: Tensor, factor: Tensor | None = None) -> Tensor:
-        """z (P, B * n, channels) times the shares, in place, and times a factor (P, 1, 1, channels or 1)."""
-        weight = self.weight if factor is None else self.weight * factor
-        view = z.view(weight.shape[0], -1, weight.shape[2], z.shape[-1])
-        return view.mul_(weight).view(z.shape)
-
     def add(self, y: Tensor, part: Tensor) -> None:
         """Add rows (P, B * n, channels) back where they were picked, to y (B * tokens, channels)."""
         y.index_add_(0, self.rows, part.flatten(0, -2).to(y.dtype))
+
+
+def weigh(z: Tensor, weight: Tensor, factor: Tensor | None = None) -> Tensor:
+    """z (P, B * n, channels) times shares (P, B or 1, n, 1), in place, and times a factor (P, 1, 1, channels or 1)."""
+    weight = weight if factor is None else weight * factor
+    z.view(weight.shape[0], -1, weight.shape[2], z.shape[-1]).mul_(weight)
+    return z
 
 
 class Shares:
@@ -51,9 +53,13 @@ class Shares:
     device, and gives operations other shapes).
     """
 
+    TIMES = 4  # settings of gains whose products with the shares are kept
+
     def __init__(self, rows: Tensor, grid: tuple[int, int] | None = None, whole: bool = False):
         self.rows, self.grid, self.whole = rows, grid, whole
         self._buckets: dict[tuple[int, int], list[Bucket]] = {}
+        self._times: dict[tuple, Tensor] = {}
+        self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         # Whether a layer had other rows than these, and so got nothing of them.
         self.missed = False
 
@@ -109,11 +115,30 @@ class Shares:
             self._buckets[batch, tokens] = [self._bucket(places, batch, tokens) for places in self.groups()]
         return self._buckets[batch, tokens]
 
+    def times(self, columns: Sequence[int], gains: Sequence[float]) -> Tensor:
+        """(B or 1, tokens, R): for R columns the shares of one place times a gain. Layers of like adapters have one between them."""
+        key = tuple(columns), tuple(gains)
+        if key not in self._times:
+            while len(self._times) >= self.TIMES:  # strengths may change in every step
+                self._times.pop(next(iter(self._times)))
+            self._times[key] = self.rows.movedim(0, -1)[..., list(columns)] * torch.tensor(gains, device=self.rows.device)
+        return self._times[key]
+
+    def weights(self) -> dict[tuple[int, ...], Tensor]:
+        """What the places of each bucket have of its rows (P, B or 1, n, 1), whatever the batch."""
+        return {places: self._pick(places)[1] for places in self.groups()}
+
+    def _pick(self, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Numbers of the rows of places, (P, B or 1, n), and their shares, (P, B or 1, n, 1)."""
+        if places not in self._picked:
+            shares = self.rows[list(places)]
+            n = max(self._counts[place] for place in places)
+            # The rows that a place has, in order, come first; what fills up behind them weighs nothing.
+            order = torch.argsort((shares == 0).to(torch.uint8), dim=-1, stable=True)[..., :n]
+            self._picked[places] = order, shares.gather(-1, order)[..., None]
+        return self._picked[places]
+
     def _bucket(self, places: tuple[int, ...], batch: int, tokens: int) -> Bucket:
-        shares = self.rows[list(places)]
-        n = max(self._counts[place] for place in places)
-        # The rows that a place has, in order, come first; what fills up behind them weighs nothing.
-        order = torch.argsort((shares == 0).to(torch.uint8), dim=-1, stable=True)[..., :n]
-        weight = shares.gather(-1, order)
+        order, weight = self._pick(places)
         first = torch.arange(batch, device=order.device)[:, None] * tokens
-        return Bucket(places, (order + first).flatten(), weight[..., None])
+        return Bucket(places, (order + first).flatten(), weight)

@@ -4,6 +4,8 @@ import json
 import math
 import re
 
+import pytest
+
 from concept_nodes.benchmarks import binding as of_binding
 from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import localize as of_localize
@@ -14,6 +16,7 @@ from concept_nodes.benchmarks import residual as of_residual
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.benchmarks import steer as of_steering
 from concept_nodes.benchmarks._report import RESULTS, Figure
+from concept_nodes.host import lab
 from concept_nodes.lab import sliders
 
 README = RESULTS.parents[1] / "README.md"
@@ -54,12 +57,13 @@ def test_moving_a_strength_costs_nothing():
     assert figures()["unet_repatch_count"].value == 0
 
 
-def test_readme_tells_of_six_characters_what_was_measured():
+@pytest.mark.parametrize("kind", lab.MODELS)
+def test_readme_tells_of_six_characters_what_was_measured(kind):
     result, told = json.loads((RESULTS / "regional.json").read_text(encoding="utf-8")), README.read_text(encoding="utf-8")
     for key in ("identity", "leakage", "seam"):
-        figure = Figure(**result["figures"][f"unet_{key}_k6"])
+        figure = Figure(**result["figures"][f"{kind}_{key}_k6"])
         line = shown(key, figure)
-        assert (line if of_regional.CLAIMS[f"unet_{key}_k6"].met(figure) else f"**{line}**") in told
+        assert (line if of_regional.CLAIMS[f"{kind}_{key}_k6"].met(figure) else f"**{line}**") in told
         assert figure.n >= 24
 
 

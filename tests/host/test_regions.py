@@ -160,6 +160,18 @@ class TestKeysKept:
         placed.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
         assert self.count(placed)[0] == 4
 
+    def test_who_overrides_attention_gets_what_modules_give(self, unet):
+        placed = put(unet, halves(unet, models.lora(unet), models.lora(unet, seed=9)))
+        overridden, shapes = placed.clone(), []
+
+        def override(attend, q, k, v, heads, *args, **kwargs):
+            shapes.append((q.ndim, k.ndim, v.ndim, kwargs.get("skip_reshape", False)))
+            return attend(q, k, v, heads, *args, **kwargs)
+
+        overridden.model_options["transformer_options"]["optimized_attention_override"] = override
+        torch.testing.assert_close(models.sample(overridden), models.sample(placed), **CLOSE)
+        assert set(shapes) == {(3, 3, 3, False)}
+
     def test_a_strength_that_changes_is_followed(self, unet):
         """A window that ends in the middle: the second half of the steps has other keys."""
         state = models.lora(unet, only="attn2")
@@ -191,8 +203,7 @@ class TestKindsThatTakeTurns:
         together, layers = len(made), len(set(map(id, made)))
         made.clear()
         models.sample(sampling.one_by_one(placed), steps=6)
-        # When it is joined, each layer gets gains for the whole picture first.
-        assert (together, len(made)) == (2 * layers, 3 * layers)
+        assert (together, len(made)) == (layers, 2 * layers)
 
     def test_a_strength_that_changes_reaches_them(self, unet, made):
         """A window that ends in the middle, while another LoRA acts on."""

@@ -24,8 +24,7 @@ def factors(out=6, inputs=5, rank=3, scale=1.0, seed=0, kernel=(), rows=None, dt
 
 def stack(*adapters, strengths=None, dtype=torch.float32, convolution=None):
     made = Stack([[one] if isinstance(one, Factors) else one for one in adapters], CPU, dtype, convolution)
-    if strengths is not None:
-        made.set_strengths(strengths)
+    made.set_strengths(strengths or [1.0] * len(adapters))
     return made
 
 

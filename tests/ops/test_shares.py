@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concept_nodes.ops.attention import blend
-from concept_nodes.ops.lora import Factors, Stack, _Crops, _Together
-from concept_nodes.ops.shares import Shares
+from concept_nodes.ops.lora import Factors, Stack, _Apart, _Crops, _Together
+from concept_nodes.ops.shares import Shares, weigh
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ class TestShares:
         rows = shared(places, tokens, seed, hard)
         x, y = random(batch, tokens, 3, seed=seed + 1), torch.zeros(batch, tokens, 3)
         for bucket in Shares(rows).buckets(batch, tokens):
-            bucket.add(y.view(-1, 3), bucket.weigh(bucket.pick(x)))
+            bucket.add(y.view(-1, 3), weigh(bucket.pick(x), bucket.weight))
         torch.testing.assert_close(y, x * rows.sum(0)[..., None], rtol=1e-5, atol=1e-6)
 
     def test_places_of_like_size_go_together(self):
@@ -55,7 +55,7 @@ class TestShares:
         rows = shared(3, 20, seed=4, batch=2)
         x, y = random(2, 20, 5), torch.zeros(2, 20, 5)
         for bucket in Shares(rows).buckets(2, 20):
-            bucket.add(y.view(-1, 5), bucket.weigh(bucket.pick(x)))
+            bucket.add(y.view(-1, 5), weigh(bucket.pick(x), bucket.weight))
         torch.testing.assert_close(y, x * rows.sum(0)[..., None])
 
     def test_a_shorter_sequence_is_not_the_one_shared_out(self):
@@ -148,6 +148,7 @@ class TestStackInPlaces:
         down, up = random(3, 5, 3, 3), random(6, 3, seed=1)
         rows = shared(1, 16, seed=2, hard=False)
         stack = Stack([[Factors(down, up)]], CPU, torch.float32, convolution)
+        stack.set_strengths([1.0])
         x = random(2, 5, 8, 8, seed=3)
         plain = stack(torch.zeros(2, 6, 4, 4), True, x)
         stack.set_strengths([1.0], [0], Shares(rows))
@@ -184,15 +185,16 @@ class TestStackInPlaces:
             monkeypatch.setattr(Stack, "WORTH", worth)
             stack = Stack(adapters, CPU, torch.float32, options)
             stack.set_strengths(strengths, places, Shares(rows.flatten(2), (height, width)))
-            assert isinstance(stack._placed, _Crops) == (worth > 0)
+            assert type(stack._placed) is (_Together if worth == 0 else _Apart if kernel == (1, 1) else _Crops)
             made[worth] = stack(random(2, 6, height, width, seed=1), True, x)
         torch.testing.assert_close(made[100.0], made[0.0], rtol=1e-4, atol=1e-4)
         assert not torch.equal(made[0.0], random(2, 6, height, width, seed=1))
 
-    def test_a_map_of_another_size_gets_nothing_and_it_is_told(self, monkeypatch):
+    @pytest.mark.parametrize("kernel", [1, 3])
+    def test_a_map_of_another_size_gets_nothing_and_it_is_told(self, monkeypatch, kernel):
         monkeypatch.setattr(Stack, "WORTH", 100.0)
-        options = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
-        stack = Stack([[Factors(random(2, 5, 3, 3), random(6, 2))] for _ in range(2)], CPU, torch.float32, options)
+        options = {"stride": (1, 1), "padding": (kernel // 2,) * 2, "dilation": (1, 1)}
+        stack = Stack([[Factors(random(2, 5, kernel, kernel), random(6, 2))] for _ in range(2)], CPU, torch.float32, options)
         shares = Shares(shared(2, 16, seed=1), (4, 4))
         stack.set_strengths([1.0, 1.0], [0, 1], shares)
         assert torch.count_nonzero(stack(torch.zeros(1, 6, 2, 8), True, random(1, 5, 2, 8))) == 0
