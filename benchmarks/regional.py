@@ -1,7 +1,7 @@
 """Six characters on one canvas, each in its own place, in one pass, against the other ways to do it; and what a step costs.
 
-Quality, on both lab models at 128 pixels: K characters in K cells of a grid, a LoRA each. Pictures are read by both eyes, and by the first where
-nothing else is said.
+Quality, on both lab models at 128 pixels: K characters in K cells of a grid, a LoRA each. Pictures are read by both eyes; where
+nothing else is said it is the first that counts.
 
     identity   share of regions in which the surest object is the region's character; second: as the second eye sees it; eyes_agree: share
                of regions in which both say the same

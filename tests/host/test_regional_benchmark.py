@@ -68,7 +68,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 class TestParts:
     def test_every_claim_is_about_a_figure_of_a_part(self):
-        told = {arm: {"identity": [True], "stray": [1.0], "seam": [1.0]} for arm in bench.CLAIMED}
+        told = {arm: {"identity": [True], "second": [True], "stray": [1.0], "seam": [1.0]} for arm in bench.CLAIMED}
         found = {key for cell in bench.CELLS.values() if "alone" in cell.arms for key in bench._figures(cell.kind, cell.k, told)}
         timed = {"step_ratio_k8", "step_ratio_lab_k8", "calls_ratio_k8"}
         assert set(bench.CLAIMS) == found | timed
@@ -83,14 +83,16 @@ class TestParts:
 
     def test_figures_are_over_the_arms_of_reference(self):
         told = {
-            "ours": {"identity": [True, False], "stray": [0.0, 0.5], "seam": [0.3]},
-            "alone": {"identity": [True, True, False, True], "stray": [], "seam": []},
+            "ours": {"identity": [True, False], "second": [True, True], "stray": [0.0, 0.5], "seam": [0.3]},
+            "alone": {"identity": [True, True, False, True], "second": [True, False, True, False], "stray": [], "seam": []},
             "global": {"identity": [], "stray": [1.0, 1.0], "seam": []},
             "base": {"identity": [], "stray": [], "seam": [0.2]},
         }
         figures = bench._figures("unet", 6, told)
         assert {key: round(figure.value, 6) for key, figure in figures.items()} == {
             "unet_identity_k6": round(0.5 / 0.75, 6),
+            "unet_identity_second_k6": 2.0,
+            "unet_eyes_agree_k6": 0.5,
             "unet_leakage_k6": 0.25,
             "unet_seam_k6": 1.5,
         }
