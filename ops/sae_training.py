@@ -351,7 +351,7 @@ def whitening(vectors: torch.Tensor) -> Axes:
     """Of vectors (N, d) around 0: along each principal axis a variance of 1 / d, so that they have length 1 on average. As with single
     numbers, an axis that hardly varies is noise and stays small.
     """
-    x = vectors.double()
+    x = vectors.cpu().double()  # not every device has so many digits
     variances, axes = torch.linalg.eigh(x.T @ x / len(x))
     spread = variances.clamp_min(1e-6 * float(variances.mean().clamp_min(TINY))).sqrt() * math.sqrt(x.shape[1])
     return Axes((axes / spread).to(vectors), (axes * spread).T.contiguous().to(vectors))
