@@ -32,7 +32,7 @@ def test_each_group_has_its_own_objects_box():
 
 
 def test_all_of_it_runs(monkeypatch):
-    for name, value in {"N": 3, "FEW": 2, "SAMPLE": 2, "STEPS": 2, "BATCH": 2}.items():
+    for name, value in {"N": 3, "MANY": 3, "FEW": 2, "SAMPLE": 2, "STEPS": 2, "BATCH": 2}.items():
         monkeypatch.setattr(bench, name, value)
     figures, arms = bench._measure(False, bench.PARTS)
     assert set(bench.CLAIMS) <= set(figures)
