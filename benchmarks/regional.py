@@ -34,7 +34,8 @@ With --size sdxl or flux, on a GPU, only this, for a model of the published size
 
 `--again PART ...` measures some of PARTS anew and keeps the others' committed figures; where none are committed, it begins them. unet6 and
 dit6 are what is claimed: base, global, ours and alone at K = 6. The others' pictures are fewer (`few`). unet6 took 4 to 6 core minutes,
-at 1 s a picture of base to 2 or 3 s of ours; the DiT's regions take three times as long. Each row tells its arm's seconds a picture.
+at 1 s a picture of base to 2 or 3 s of ours; the DiT's regions take three times as long. Each row tells its arm's seconds a picture, by the
+same clock.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def measure_quality(kind: str, k: int, arms: Sequence[str], seeds: Sequence[int]
     told: dict[str, dict[str, list]] = {}
     rows = []
     for arm in arms:
-        began, row, pictures = time.monotonic(), {key: [] for key in ("identity", "second", "stray", "valid", "seam")}, 0
+        began, row, pictures = CLOCK(), {key: [] for key in ("identity", "second", "stray", "valid", "seam")}, 0
         for layout, only, drawn in _pictures(loaded, loras, k, arm, turns):
             readings, pictures = eye.read(drawn), pictures + len(drawn)
             row["identity"] += identities(layout, readings, only)
@@ -210,7 +211,7 @@ def measure_quality(kind: str, k: int, arms: Sequence[str], seeds: Sequence[int]
                 row["stray"] += strays(layout, readings)
                 row["seam"] += seams(layout, drawn).tolist()
         told[arm] = row
-        rows.append({"model": kind, "arm": arm, "k": k, "pictures": pictures, "seconds": round((time.monotonic() - began) / pictures, 2)})
+        rows.append({"model": kind, "arm": arm, "k": k, "pictures": pictures, "seconds": round((CLOCK() - began) / pictures, 2)})
         rows[-1] |= {key: round(sum(values) / len(values), 4) for key, values in row.items() if values}
         print(rows[-1], flush=True)
     return (_figures(kind, k, told) if "alone" in told else {}), rows
