@@ -459,6 +459,25 @@ def _measure(sample: bool, parts: Sequence[str] = PARTS) -> tuple[dict[str, Figu
     return figures, rows
 
 
+def table(rows: Sequence[dict]) -> str:
+    """Identity of each arm, of both models at every K, as lines of Markdown; of strays what there is of them, behind it."""
+    cells = {(row["arm"], row["model"], row["k"]): row for row in rows if "identity" in row}
+    columns = [(kind, k) for kind in lab.MODELS for k in COUNTS if any((kind, k) == key[1:] for key in cells)]
+    lines = [
+        "| | " + " | ".join(f"{'UNet' if kind == 'unet' else 'DiT'}, {k}" for kind, k in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for arm in (*ARMS, "alone"):
+        told = []
+        for column in columns:
+            row = cells.get((arm, *column))
+            stray = row.get("stray") if row else None
+            told.append("" if row is None else f"{row['identity']:.2f}" + (f" ({stray:.2f})" if stray else ""))
+        if any(told):
+            lines.append(f"| {arm} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
 # --- cost at real sizes ------------------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,16 @@ def test_readme_tells_of_six_characters_what_was_measured(kind):
         assert figure.n >= 24
 
 
+def test_the_page_of_characters_tells_what_was_measured():
+    result = json.loads((RESULTS / "regional.json").read_text(encoding="utf-8"))
+    told = (README.parent / "docs" / "characters.md").read_text(encoding="utf-8")
+    assert of_regional.table(result["arms"]) in told
+    for key, claim in of_regional.CLAIMS.items():
+        figure = Figure(**result["figures"][key])
+        line = f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+        assert f"| `{key}` | {line if claim.met(figure) else f'**{line}**'} |" in told
+
+
 def test_the_filters_page_tells_what_was_measured():
     result = json.loads((RESULTS / "filter.json").read_text(encoding="utf-8"))
     told = (README.parent / "docs" / "filter.md").read_text(encoding="utf-8")
