@@ -74,8 +74,9 @@ class CrossAct:
         if key in self._kept:
             texts = self._kept[key][0]
         else:
-            keys = module.to_k(self._behind_one_another(context)).split(self.lengths, 1)
-            values = module.to_v(self._behind_one_another(context if value is None else value)).split(self.lengths, 1)
+            words = self._behind_one_another(context)
+            keys = module.to_k(words).split(self.lengths, 1)
+            values = module.to_v(words if value is None else self._behind_one_another(value)).split(self.lengths, 1)
             texts = sort_texts(q, keys, values, self.shares)
             if sorts:
                 texts = [(bucket, _by_heads(k, module.heads), _by_heads(v, module.heads)) for bucket, k, v in texts]

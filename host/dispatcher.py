@@ -27,7 +27,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key, get_wrappers_with_key
@@ -38,7 +38,7 @@ from .families import row_of
 from .joint import Joint, MaskUnfit
 from .places import Place
 from .run_record import UNHEARD, Evaluation, make_record, remember
-from .sites import JOINT, patch_level, sites
+from .sites import JOINT, attentions, patch_level, sites
 from .spread import Crop, Kind, Spread
 from .words import Words
 
@@ -228,28 +228,48 @@ class Overlay:
 
 
 class Layer(Overlay):
-    """A module's forward, followed by the acts on it."""
+    """A module's forward, followed by the acts on it. It acts between `place` and `remove` only, whoever else still calls it."""
 
     method = "forward"
 
     def __init__(self, module: torch.nn.Module, acts: tuple[Act, ...]):
         super().__init__(module)
         self.acts = acts
-        self.muted = False
+        self.placed = self.muted = False
+
+    @property
+    def free(self) -> bool:
+        """Whether it may be placed again: not while it is in its place, and not below anyone, who may lead to it."""
+        return self.bound is None and self.method not in vars(self.owner)
+
+    def place(self) -> None:
+        super().place()
+        self.placed = True
 
     def remove(self) -> None:
         super().remove()
+        self.placed = False
+        if self.bound is not None:
+            self.empty()
+
+    def empty(self) -> None:
+        """Let go of what acts."""
         self.acts = ()
 
     def replacement(self, *args, **kwargs):
         output = self.inner(*args, **kwargs)
         if self.muted:
             return output
-        if not self.acts and not torch.compiler.is_compiling():
-            Overlay.remove(self)
+        if not self.placed:
+            self._go()
+            return output
         for act in self.acts:
             output = act(output, self.alone, *args, **kwargs)
         return output
+
+    def _go(self) -> None:
+        if not torch.compiler.is_compiling():
+            Overlay.remove(self)
 
 
 class Around(Layer):
@@ -259,16 +279,14 @@ class Around(Layer):
         super().__init__(module, ())
         self.act = act
 
-    def remove(self) -> None:
-        super().remove()
+    def empty(self) -> None:
         self.act = None
 
     def replacement(self, *args, **kwargs):
         if self.muted:
             return self.inner(*args, **kwargs)
-        if self.act is None:
-            if not torch.compiler.is_compiling():
-                Overlay.remove(self)
+        if not self.placed:
+            self._go()
             return self.inner(*args, **kwargs)
         return self.act.run(self.inner, *args, **kwargs)
 
@@ -359,13 +377,26 @@ class Sampling:
         self.kept: dict[Any, Any] = {}  # what effects make once for all of it
 
 
+class Joined(NamedTuple):
+    """The acts on one module, each with the effects that it joins, and those of them that follow its forward."""
+
+    acts: list[tuple[Act, list[int]]]
+    following: tuple[Act, ...]
+
+
 class Run:
     """One patcher's effects from its pre_run to its cleanup; tensors on the device live no longer than this."""
 
     SPREADS = 8  # kinds of calls remembered: conditions of other sizes or areas take turns in every step
     MOST_PAIRS = 2**26  # positions times positions that a bias between them is made for
+    # On a processor, what a run keeps fills the gaps in which a small model's temporary tensors lay. They move to the end of the heap,
+    # which glibc gives back to the system with each that is freed, and faults in again page by page: a tenth of a step. It stops doing so
+    # for tensors up to the largest that it saw come and go (it counts none above 32 MiB), as it does after any model with such tensors.
+    GROWS_BY = 31 * 2**20
 
     def __init__(self, patcher):
+        if patcher.load_device.type == "cpu":
+            torch.empty(self.GROWS_BY, dtype=torch.uint8)
         self.patcher = patcher
         self.depth = len(_nested())
         self.sampling = _nested()[-1] if _nested() else Sampling()
@@ -377,9 +408,9 @@ class Run:
         masked = any(effect.place is not None or effect.apart for effect in self.effects)
         self.sites = sites(patcher.model, self.modules) if masked else {}
         kept = Kept()
-        attentions = _attentions(patcher.model) if masked else ([], [])
-        self.selves = {name: SelfAct() for name in attentions[0]}
-        self.crosses = {name: CrossAct(patcher.model.get_submodule(name), kept) for name in attentions[1]}
+        selves, crosses = attentions(patcher.model) if masked else ([], [])
+        self.selves = {name: SelfAct() for name in selves}
+        self.crosses = {name: CrossAct(patcher.model.get_submodule(name), kept) for name in crosses}
         # The effects that act on keys and values of words.
         self.wording = {
             index for index, effect in enumerate(self.effects) if any(name.endswith((".to_k", ".to_v")) for name in effect.parts)
@@ -393,7 +424,10 @@ class Run:
         self._calls: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
         self.spread: Spread | None = None  # of the call under way
         self._key = self._told = self._read = None
-        self._acts: dict[str, list[tuple[Act, list[int]]]] = {}
+        self._acts: dict[str, Joined] = {}
+        # The last call's, for the next one: a hundred objects made anew in each call would set off the garbage collector, which goes
+        # through all that a host holds.
+        self._laid: tuple[Mapping, list, list[Layer]] = {}, [], []
         # Calls on another picture than the sampled one take turns with those on it, step by step: each kind keeps its acts.
         self._elsewhere, self._aside = False, (None, {}, {})
         self._others = {name for effect in self.effects for name in effect.elsewhere}
@@ -434,16 +468,33 @@ class Run:
         self._open.append((self._key, self._acts, told, active, call))
         for index in active:
             self.acting[index].enter(call)
-        # Those that compute a module anew lie below those that change what it gives.
-        following = {name: tuple(act for act, _ in acts if not hasattr(act, "run")) for name, acts in self._acts.items()}
-        layers = [Layer(self.modules[name], acts) for name, acts in following.items() if acts]
         kept = None if any(self.acting[index].asks for index in active) else self._texts_stay(call)
         for _, act in self._around:
             act.called = False
             if isinstance(act, CrossAct):
                 act.of = None if kept is None else (kept, told[1:])
         around = [pair for index in active for pair in self.acting[index].around().items()] + self._around
-        return [Around(self.patcher.model.get_submodule(name), act) for name, act in around] + layers
+        acts, before, layers = self._laid
+        # A call within a call finds the outer one's in their places.
+        if acts is not self._acts or before != around or not all(layer.free for layer in layers):
+            self._let_go()
+            # Those that compute a module anew lie below those that change what it gives.
+            layers = [Around(self.patcher.model.get_submodule(name), act) for name, act in around]
+            layers += [Layer(self.modules[name], joined.following) for name, joined in self._acts.items() if joined.following]
+            self._laid = self._acts, around, layers
+        return layers
+
+    def _let_go(self) -> None:
+        """Other layers from now on. Those that are in their places are still their call's."""
+        for layer in self._laid[2]:
+            if layer.bound is None:
+                layer.empty()
+        self._laid = {}, [], []
+
+    def close(self) -> None:
+        """At its end: nothing leads from what others may still hold to what is on the device."""
+        self.sampling = None  # which holds the run for its record
+        self._let_go()
 
     def arguments(self, arguments: dict[str, Any], references: int) -> dict[str, Any]:
         """A call's keyword arguments, with the prompt that is read instead of its own."""
@@ -485,8 +536,8 @@ class Run:
             told = "another extension replaces them, or changed how many tokens they work on"
             self.notes[f"{around} of {len(self._around)} attentions did not follow the regions: {told}."] = None
 
-    def _join(self, name: str, active: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Act, list[int]]]:
-        """The acts on one module, each with the effects that it joins."""
+    def _join(self, name: str, active: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Joined:
+        """The acts on one module."""
         members: dict[type, list[int]] = {}
         for index in active:
             if name in self.acting[index].parts:
@@ -496,7 +547,19 @@ class Run:
             return [self.acting[index].parts[name] for index in indices]
 
         ordered = sorted(members.items(), key=lambda item: getattr(item[0], "turn", ADAPTS))
-        return [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in ordered]
+        acts = [(kind.join(parts(indices), self.modules[name], device, dtype), indices) for kind, indices in ordered]
+        return Joined(acts, tuple(act for act, _ in acts if not hasattr(act, "run")))
+
+    def _share(self) -> None:
+        """Let acts on layers that read the same rows compute together what they can, where they have a `share`."""
+        for name in self.selves:
+            kinds: dict[type, list[Act]] = {}
+            for end in ("to_q", "to_k", "to_v"):
+                for act, _ in self._acts[f"{name}.{end}"].acts if f"{name}.{end}" in self._acts else ():
+                    kinds.setdefault(type(act), []).append(act)
+            for kind, acts in kinds.items():
+                if len(acts) > 1 and hasattr(kind, "share"):
+                    kind.share(acts)
 
     def _kind(self, call: Call, active: tuple[int, ...]) -> Kind | None:
         """What the masks of the active effects have to be fitted to; None where none has a mask."""
@@ -546,7 +609,8 @@ class Run:
         self._settings[strengths, kind] = settings  # the last used goes last
         for act, setting in settings:
             act.use(setting)
-        around = [(name, act) for name, acts in self._acts.items() for act, _ in acts if hasattr(act, "run")]
+        self._share()
+        around = [(name, act) for name, joined in self._acts.items() for act, _ in joined.acts if hasattr(act, "run")]
         if spread and self.crosses:
             self._read_apart(spread, placed)
         if kind and self.selves:
@@ -559,8 +623,8 @@ class Run:
 
     def _made(self, strengths: tuple[Strength, ...], placed: Mapping, spread: Spread | None) -> Iterator[tuple[Act, Any]]:
         """Every act with what it is to use."""
-        for name, acts in self._acts.items():
-            for act, members in acts:
+        for name, joined in self._acts.items():
+            for act, members in joined.acts:
                 values = [strengths[index] for index in members]
                 own = [index for index in members if index in placed]
                 if not own:
@@ -682,14 +746,6 @@ def _crop(full: tuple[int, int], area: Sequence[int] | None) -> Crop:
     return Crop(top, left, min(height, full[0] - top), min(width, full[1] - left))
 
 
-def _attentions(model) -> tuple[list[str], list[str]]:
-    """Every attention of a UNet's picture to itself and to the text, by name."""
-    if not hasattr(model.diffusion_model, "input_blocks"):
-        return [], []
-    names = [name for name, _ in model.named_modules()]
-    return [name for name in names if name.endswith(".attn1")], [name for name in names if name.endswith(".attn2")]
-
-
 # Condition entry (by the host's uuid) -> the patcher that evaluates it, where a guider samples with two patchers.
 _claims: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _sampling = threading.local()
@@ -737,7 +793,7 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
-        run.sampling = None  # which holds the run for its record
+        run.close()
         gate.release()
         if not gate.runs:
             gate.remove()

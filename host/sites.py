@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,16 +24,39 @@ class Site(NamedTuple):
     level: int = 0
 
 
+# What was found out about a model's structure, for the runs to come.
+_known: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Site]] = weakref.WeakKeyDictionary()
+_attentions: weakref.WeakKeyDictionary[torch.nn.Module, tuple[list[str], list[str]]] = weakref.WeakKeyDictionary()
+
+
 def sites(model, names: Iterable[str]) -> dict[str, Site]:
     """The site of each module of a host model, by its name from there ("diffusion_model....")."""
-    family = row_of(model)
-    levels = _unet_levels(model.diffusion_model) if hasattr(model.diffusion_model, "input_blocks") else {}
-    return {name: _site(model, family, levels, name) for name in names}
+    names, known = list(names), _known.setdefault(model.diffusion_model, {})
+    missing = [name for name in names if name not in known]
+    if missing:
+        family = row_of(model)
+        levels = _unet_levels(model.diffusion_model) if _is_unet(model) else {}
+        known |= {name: _site(model, family, levels, name) for name in missing}
+    return {name: known[name] for name in names}
+
+
+def attentions(model) -> tuple[list[str], list[str]]:
+    """Every attention of a UNet's picture to itself and to the text, by name."""
+    if not _is_unet(model):
+        return [], []
+    if model.diffusion_model not in _attentions:
+        names = [name for name, _ in model.named_modules()]
+        _attentions[model.diffusion_model] = tuple([name for name in names if name.endswith(end)] for end in (".attn1", ".attn2"))
+    return _attentions[model.diffusion_model]
 
 
 def patch_level(model) -> int:
     """How often the latent is halved into the tokens of a model that cuts it into patches."""
     return model.diffusion_model.patch_size.bit_length() - 1
+
+
+def _is_unet(model) -> bool:
+    return hasattr(model.diffusion_model, "input_blocks")
 
 
 def _site(model, family: Family, levels: dict[str, int], name: str) -> Site:

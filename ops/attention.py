@@ -51,7 +51,8 @@ def blend_sorted(attend: Attend, q: Tensor, texts: Sequence[tuple[Bucket, Tensor
 
 def repeated(context: Tensor, tokens: int) -> Tensor:
     """A context (rows, n, width) repeated to a multiple of its length: no softmax over it changes."""
-    return context.repeat(1, tokens // context.shape[1], 1)
+    times = tokens // context.shape[1]
+    return context if times == 1 else context.repeat(1, times, 1)
 
 
 def joint_bias(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shares import Shares, weigh
+from .shares import Bucket, Shares, weigh
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -127,8 +127,7 @@ class _Together:
         if shares is None:
             return gain, None, None, None
         columns = [places[owner] for owner in self._owners.tolist()]
-        lasting = self.down.ndim == 2 and not shares.whole
-        return gain, torch.tensor(columns, device=self.down.device), shares, shares.times(columns, gains) if lasting else None
+        return gain, torch.tensor(columns, device=self.down.device), shares, None if shares.whole else shares.times(columns, gains)
 
     def use(self, setting: tuple) -> None:
         gain, columns, self.shares, self.factors = setting
@@ -162,12 +161,16 @@ class _Together:
                 out.add_(part @ up.t())
 
     def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
-        z = CONVOLUTIONS[x.ndim](x, self.down, **convolution).flatten(2).mul_(self.gain[:, None])
+        z = CONVOLUTIONS[x.ndim](x, self.down, **convolution).flatten(2)
         if self.shares is not None and z.shape[-1] != self.shares.tokens:
             self.shares.missed = True
             return
-        if self.shares is not None:
-            z = z.mul_(self.shares.rows.movedim(0, 1)[:, self.columns])
+        if self.factors is not None:
+            z = z.mul_(self.factors.transpose(1, 2))
+        else:
+            z = z.mul_(self.gain[:, None])
+            if self.shares is not None:
+                z = z.mul_(self.shares.rows.movedim(0, 1)[:, self.columns])
         flat = y.view(*y.shape[:2], -1)
         for rows, first, up in self.ups:
             out, part, matrix = _narrow(flat, rows), z.narrow(1, first, up.shape[1]), up.expand(z.shape[0], -1, -1)
@@ -181,13 +184,23 @@ class _Apart:
     """Adapters of a linear layer or of a 1x1 convolution, each place's on its own rows. For every place p: A (r, in) and B (n, r), filled
     up with zeros to one r.
 
-    down (P, in, r); ups: (rows, first column, B (P, columns, n)).
+    down (P, in, r); ups: (rows, first column, B (P, columns, n)). They lie in memory like this: products with small transposed matrices
+    take twice as long on a processor.
     """
 
     PARTS = 8  # buckets whose matrices stay cut out
+    trio: tuple[_Trio, int] | None = None  # which computes its ranks, and its number there
 
     def __init__(self, flat: Sequence[tuple[int, Factors]], places: Sequence[int | None], device, dtype: torch.dtype):
+        flat = sorted(flat, key=lambda item: places[item[0]])
         self._of = sorted({places[owner] for owner, _ in flat})
+        self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
+        if len(flat) == len(self._of) and len({(factors.rank, factors.rows) for _, factors in flat}) == 1:  # nothing to fill up
+            self._gains = [[(owner, factors.scale, factors.rank)] for owner, factors in flat]
+            ups, downs = ([getattr(factors, name).flatten(1).t() for _, factors in flat] for name in ("up", "down"))
+            self.ups = [(flat[0][1].rows, 0, torch.stack(ups).to(device, dtype))]
+            self.down = torch.stack(downs).to(device, dtype)
+            return
         downs: list[list[Tensor]] = [[] for _ in self._of]
         # Of each place: owner, scale and rank, one after another. What fills up, which is zeros, goes by the place's first.
         self._gains: list[list[tuple[int, float, int]]] = [[] for _ in self._of]
@@ -200,36 +213,33 @@ class _Apart:
             ups = []
             for at, items in enumerate(own):
                 missing = width - sum(factors.rank for _, factors in items)
-                parts = [factors.up.float() for _, factors in items]
-                downs[at] += [factors.down.float().flatten(1) for _, factors in items]
+                parts = [factors.up for _, factors in items]
+                downs[at] += [factors.down.flatten(1) for _, factors in items]
                 self._gains[at] += [(owner, factors.scale, factors.rank) for owner, factors in items]
                 if missing:
                     parts.append(torch.zeros(outputs, missing))
                     downs[at].append(torch.zeros(missing, flat[0][1].down[0].numel()))
                     self._gains[at].append((*leading[at], missing))
                 ups.append(_beside(parts, 1))
-            self.ups.append((rows, first, torch.stack(ups).transpose(1, 2).to(device, dtype)))
+            self.ups.append((rows, first, torch.stack([up.t() for up in ups]).to(device, dtype)))
             first += width
-        self.down = torch.stack([_beside(parts, 0) for parts in downs]).transpose(1, 2).to(device, dtype)
-        self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
+        self.down = torch.stack([_beside(parts, 0).t() for parts in downs]).to(device, dtype)
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
         """What `use` takes: for each bucket's places their shares times their gains, or these apart where the ranks of a place have unlike
         ones; and the shares.
         """
         gains = [[strengths[owner] * scale for owner, scale, _ in row] for row in self._gains]
-        alike = all(len(set(row)) == 1 for row in gains)
-        if alike:
-            gain = torch.tensor([row[:1] for row in gains])
-        else:
-            every = zip(gains, self._gains, strict=True)
-            gain = torch.tensor([[one for one, (*_, rank) in zip(*row, strict=True) for _ in range(rank)] for row in every])
+        if all(len(set(row)) == 1 for row in gains):
+            by_place = dict(zip(self._of, (row[0] for row in gains), strict=True))
+            return {own: (shares.gained(own, [by_place[place] for place in own]), None) for own in shares.groups()}, shares
+        every = zip(gains, self._gains, strict=True)
+        gain = torch.tensor([[one for one, (*_, rank) in zip(*row, strict=True) for _ in range(rank)] for row in every])
         gain = gain[:, None, None, :].to(self.down.device)
         factors = {}
         for places, weight in shares.weights().items():
             at = self._at(places)
-            own = gain if self._is_all(at) else gain[at]
-            factors[places] = (weight * own, None) if alike else (weight, own)
+            factors[places] = weight, gain if self._is_all(at) else gain[at]
         return factors, shares
 
     def use(self, setting: tuple) -> None:
@@ -258,14 +268,30 @@ class _Apart:
         self.ups = [(rows, first, up.to(x.device, x.dtype)) for rows, first, up in self.ups]
         self._parts.clear()
         self._cut()
+        self.trio = None
 
     def add_linear(self, y: Tensor, x: Tensor) -> None:
         flat = y.view(-1, y.shape[-1])
         for bucket in self.shares.buckets(x.shape[:-1].numel() // x.shape[-2], x.shape[-2]):
-            down, ups = self._parts[bucket.places]
-            z = weigh(torch.bmm(bucket.pick(x), down), *self.factors[bucket.places])
+            ups = self.matrices(bucket.places)[1]
+            z = self.ranks(x, bucket)
             for rows, first, up in ups:
                 bucket.add(_narrow(flat, rows), torch.bmm(z if len(ups) == 1 else z.narrow(2, first, up.shape[1]), up))
+
+    def ranks(self, x: Tensor, bucket: Bucket) -> Tensor:
+        """(P, B * n, r): x A^T of a bucket's rows, times shares and gains."""
+        factors = self.factors[bucket.places]
+        if self.trio and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.trio[0].ranks(self.trio[1], x, bucket, factors)
+        return weigh(torch.bmm(bucket.pick(x), self.matrices(bucket.places)[0]), *factors)
+
+    def amounts(self) -> list:
+        """By what its ranks are multiplied, place by place and as objects; None where ranks of one place differ."""
+        return [(places, id(weight) if gain is None else None) for places, (weight, gain) in self.factors.items()]
+
+    def matrices(self, places: tuple[int, ...]) -> tuple[Tensor, list]:
+        """A (P, in, r) of a bucket's places, and their groups of B."""
+        return self._parts[places]
 
     def add_convolution(self, y: Tensor, x: Tensor, convolution: dict) -> None:
         if tuple(y.shape[2:]) != self.shares.grid and (self.shares.grid or y.shape[2:].numel() != self.shares.tokens):
@@ -274,6 +300,38 @@ class _Apart:
         added = y.new_zeros(len(y), y.shape[2:].numel(), y.shape[1])
         self.add_linear(added, x.flatten(2).transpose(1, 2).contiguous())
         y.view(*y.shape[:2], -1).add_(added.transpose(1, 2).contiguous())  # adding across the grain takes longer than both
+
+
+class _Trio:
+    """The ranks of several layers that are called one after another with the same x, which the first call computes for all. It knows
+    nothing of those it serves but their numbers.
+
+    x is known by being the same object: it is let go of when every layer was served, and nobody writes to it before. downs: A of all
+    (P, in, sum of r) by bucket.
+    """
+
+    def __init__(self, parts: Sequence[_Apart]):
+        self.downs = {places: torch.cat([part.matrices(places)[0] for part in parts], 2) for places in parts[0].factors}
+        self.spans, first = [], 0
+        for part in parts:
+            self.spans.append((first, part.down.shape[2]))
+            first += part.down.shape[2]
+        self._x: Tensor | None = None
+        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._served: set[tuple[int, tuple[int, ...]]] = set()
+
+    def ranks(self, at: int, x: Tensor, bucket: Bucket, factors: tuple) -> Tensor:
+        """(P, B * n, r) of the layer of number `at`, as its own `_Apart.ranks` is."""
+        places = bucket.places
+        if self._x is not x or (at, places) in self._served:
+            self._x, self._found, self._served = x, {}, set()
+        if places not in self._found:
+            self._found[places] = weigh(torch.bmm(bucket.pick(x), self.downs[places]), *factors)
+        found = self._found[places].narrow(2, *self.spans[at])
+        self._served.add((at, places))
+        if len(self._served) == len(self.spans) * len(self.downs):
+            self._x, self._found, self._served = None, {}, set()
+        return found
 
 
 class _Crops:
@@ -427,6 +485,7 @@ class Stack:
 
     def __init__(self, adapters: Sequence[Sequence[Factors]], device, dtype: torch.dtype, convolution: dict | None = None):
         self._flat = [(owner, factors) for owner, group in enumerate(adapters) for factors in group]
+        self._ranks = [(owner, factors.rank) for owner, factors in self._flat]
         self.convolution, self.device, self.dtype = convolution, device, dtype
         # Each row of the output comes of one of the input.
         self._by_rows = convolution is None or _is_pointwise(convolution, {tuple(one.down.shape[2:]) for _, one in self._flat})
@@ -462,6 +521,29 @@ class Stack:
         if self._magnitudes:
             self._magnitudes.use(setting.magnitudes)
 
+    @staticmethod
+    def share(stacks: Sequence[Stack]) -> None:
+        """Of stacks on layers that are called one after another with the same x, once they were told what to use: what is the same for all
+        is computed once.
+        """
+        parts = [stack._placed for stack in stacks]
+        if not all(type(part) is _Apart for part in parts):
+            return
+        first, amounts = parts[0], parts[0].amounts()
+        alike = all(part.down.shape[:2] == first.down.shape[:2] and part.shares is first.shares for part in parts)
+        alike = alike and all(part.amounts() == amounts and None not in dict(amounts).values() for part in parts)
+        now = first.trio[0] if first.trio else None
+        if (
+            alike
+            and now
+            and [part.trio for part in parts] == [(now, at) for at in range(len(parts))]
+            and now.downs.keys() == first.factors.keys()
+        ):
+            return
+        trio = _Trio(parts) if alike else None
+        for at, part in enumerate(parts):
+            part.trio = (trio, at) if trio else None
+
     def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | _Crops | None]:
         if (places, apart) not in self._built:
             while len(self._built) > 1:  # calls over the whole picture and over a part of it may take turns
@@ -483,9 +565,10 @@ class Stack:
     def _saves(self, places: Sequence[int | None], shares: Shares) -> bool:
         """Whether it takes less work to compute each place's adapters on its own rows."""
         ranks: dict[int, int] = {}
-        for owner, factors in self._flat:
-            if places[owner] is not None:
-                ranks[places[owner]] = ranks.get(places[owner], 0) + factors.rank
+        for owner, rank in self._ranks:
+            place = places[owner]
+            if place is not None:
+                ranks[place] = ranks.get(place, 0) + rank
         if shares.tokens == 1 or len(ranks) < 2 or shares.whole:
             return False
         if not self._by_rows:

@@ -7,7 +7,7 @@ the work grows with the rows that places have and the number of operations does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -59,6 +59,7 @@ class Shares:
         self.rows, self.grid, self.whole = rows, grid, whole
         self._buckets: dict[tuple[int, int], list[Bucket]] = {}
         self._times: dict[tuple, Tensor] = {}
+        self._gained: dict[tuple, Tensor] = {}
         self._picked: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         # Whether a layer had other rows than these, and so got nothing of them.
         self.missed = False
@@ -117,12 +118,29 @@ class Shares:
 
     def times(self, columns: Sequence[int], gains: Sequence[float]) -> Tensor:
         """(B or 1, tokens, R): for R columns the shares of one place times a gain. Layers of like adapters have one between them."""
-        key = tuple(columns), tuple(gains)
-        if key not in self._times:
-            while len(self._times) >= self.TIMES:  # strengths may change in every step
-                self._times.pop(next(iter(self._times)))
-            self._times[key] = self.rows.movedim(0, -1)[..., list(columns)] * torch.tensor(gains, device=self.rows.device)
-        return self._times[key]
+
+        def make():
+            return self.rows.movedim(0, -1)[..., list(columns)] * torch.tensor(gains, device=self.rows.device)
+
+        return self._product(self._times, (tuple(columns), tuple(gains)), make)
+
+    def gained(self, places: tuple[int, ...], gains: Sequence[float]) -> Tensor:
+        """(P, B or 1, n, 1): what the places of a bucket have of its rows, each times its gain. Layers of like adapters have one between
+        them.
+        """
+        weight = self._pick(places)[1]
+
+        def make():
+            return weight * torch.tensor(gains, device=weight.device).view(-1, 1, 1, 1)
+
+        return self._product(self._gained, (places, tuple(gains)), make)
+
+    def _product(self, kept: dict, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        if key not in kept:
+            while len(kept) >= self.TIMES:  # strengths may change in every step
+                kept.pop(next(iter(kept)))
+            kept[key] = make()
+        return kept[key]
 
     def weights(self) -> dict[tuple[int, ...], Tensor]:
         """What the places of each bucket have of its rows (P, B or 1, n, 1), whatever the batch."""

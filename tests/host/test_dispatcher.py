@@ -108,6 +108,31 @@ class TestOtherCodeOnTheSameMethods:
         assert torch.equal(models.sample(plain), unchanged)
         assert forwards(plain) == []
 
+    @pytest.mark.parametrize("over", [lambda inner: inner, lambda inner: lambda *args: inner(*args)], ids=["as it is", "in theirs"])
+    def test_forward_of_ours_that_another_puts_back_later_passes_through(self, plain, over):
+        """They took it for the module's own while a call lasted; in later calls and after the run it does nothing twice."""
+        module = plain.model.diffusion_model.middle_block[0].in_layers[2]
+        acting, taken = cases.slide(plain), []
+        expected, without = models.sample(acting), models.sample(plain)
+
+        def take(executor, *args, **kwargs):
+            taken.append(module.forward)
+            return executor(*args, **kwargs)
+
+        def put_back(executor, *args, **kwargs):  # between calls
+            if taken:
+                module.forward = over(taken[0])
+            return executor(*args, **kwargs)
+
+        model = sampling.wrapped(sampling.wrapped(acting, WrappersMP.DIFFUSION_MODEL, take), WrappersMP.PREDICT_NOISE, put_back)
+        assert torch.equal(models.sample(model), expected)
+        assert len(taken) == 4
+        try:
+            assert torch.equal(models.sample(acting), expected)
+            assert torch.equal(models.sample(plain), without)
+        finally:
+            vars(module).pop("forward", None)
+
     def test_output_that_another_keeps_is_not_written_to(self, plain):
         """A forward below ours hands out a tensor of its own, as caching packs do."""
         module = plain.model.diffusion_model.middle_block[0].in_layers[2]
@@ -628,6 +653,19 @@ def test_nothing_of_a_run_outlives_it(plain, put):
         assert [reference() for reference in kept if reference() is not None] == []
     finally:
         gc.enable()
+
+
+def test_calls_of_a_run_have_the_same_layers(plain):
+    """No object is made for each module in each call: they would set off the garbage collector."""
+    seen = []
+
+    def note(executor, *args, **kwargs):
+        seen.append(list(executor.class_obj.apply_model.__self__.layers))
+        return executor(*args, **kwargs)
+
+    models.sample(sampling.wrapped(cases.slide(plain), WrappersMP.APPLY_MODEL, note), steps=3)
+    assert len(seen) >= 3 and all(one is other for call in seen[1:] for one, other in zip(call, seen[0], strict=True))
+    assert not any(layer.acts for layer in seen[0])  # after the run
 
 
 @pytest.mark.alone

@@ -1,5 +1,7 @@
 """Rows picked place by place, worked on, and added back."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from concept_nodes.ops.attention import blend
 from concept_nodes.ops.lora import Factors, Stack, _Apart, _Crops, _Together
-from concept_nodes.ops.shares import Shares, weigh
+from concept_nodes.ops.shares import Bucket, Shares, weigh
 
 CPU = torch.device("cpu")
 
@@ -210,6 +212,105 @@ class TestStackInPlaces:
             stack = Stack([[Factors(random(2, 5, 3, 3), random(6, 2))] for _ in range(4)], CPU, torch.float32, options)
             stack.set_strengths([1.0] * 4, range(4), Shares(shares.flatten(2), (8, 8)))
             assert type(stack._placed) is kind
+
+
+class TestShare:
+    """Stacks on layers that read the same x one after another: each gives what it gives alone."""
+
+    def stacks(self, shares, strengths=(1.0, 0.5, -0.7), ranks=(3, 3, 3)):
+        made = []
+        for at, rank in enumerate(ranks):
+            adapters = [[Factors(random(rank, 10, seed=9 * at + k), random(12, rank, seed=70 + 9 * at + k), 0.5)] for k in range(3)]
+            made.append(Stack(adapters, CPU, torch.float32))
+            made[-1].set_strengths(strengths, range(3), shares)
+        return made
+
+    def work(self, stacks, x, times=1):
+        """Products of matrices."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            found = [stack(torch.zeros(2, 24, 12), True, x) for _ in range(times) for stack in stacks]
+        return found, sum(counter.get_flop_counts()["Global"].values())
+
+    def rows(self):
+        return Shares(torch.nn.functional.one_hot(torch.tensor([0] * 12 + [1] * 9 + [2] * 3), 3).t().float()[:, None])
+
+    @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 1, 4)])
+    def test_is_what_each_gives_alone(self, ranks):
+        shares, x = self.rows(), random(2, 24, 10, seed=5)
+        alone, _ = self.work(self.stacks(shares, ranks=ranks), x)
+        stacks = self.stacks(shares, ranks=ranks)
+        Stack.share(stacks)
+        assert len(shares.buckets(2, 24)) == 2 and len({stack._placed.trio[0] for stack in stacks}) == 1
+        for _ in range(2):  # with another x as well
+            together, _ = self.work(stacks, x, times=2)
+            torch.testing.assert_close(together[:3], alone)
+            torch.testing.assert_close(together[3:], alone)
+            x = x * 2
+            alone = [one * 2 for one in alone]
+
+    def test_picks_once(self, monkeypatch):
+        shares, x = self.rows(), random(2, 24, 10, seed=5)
+        stacks, picked = self.stacks(shares), []
+        monkeypatch.setattr(Bucket, "pick", lambda bucket, x, pick=Bucket.pick: picked.append(bucket) or pick(bucket, x))
+        self.work(stacks, x)
+        assert len(picked) == 6
+        Stack.share(stacks)
+        self.work(stacks, x)
+        assert len(picked) == 8
+
+    def test_lets_go_of_x_when_all_were_served(self):
+        stacks = self.stacks(self.rows())
+        Stack.share(stacks)
+        x = random(2, 24, 10, seed=5)
+        self.work(stacks, x)
+        gone = weakref.ref(x)
+        del x
+        assert gone() is None
+
+    def test_an_x_that_is_read_by_some_only_is_not_taken_for_another(self):
+        shares, first, second = self.rows(), random(2, 24, 10, seed=5), random(2, 24, 10, seed=6)
+        alone = self.stacks(shares)
+        stacks = self.stacks(shares)
+        Stack.share(stacks)
+        for x, reading in ((first, [0]), (second, [0, 1]), (first, [2, 0, 1]), (second, [1, 1, 2])):
+            expected, _ = self.work([alone[at] for at in reading], x)
+            found, _ = self.work([stacks[at] for at in reading], x)
+            torch.testing.assert_close(found, expected)
+
+    def test_strengths_that_come_to_differ_end_it(self):
+        shares, x = self.rows(), random(2, 24, 10, seed=5)
+        stacks, alone = self.stacks(shares), self.stacks(shares)
+        Stack.share(stacks)
+        for one in (stacks, alone):
+            one[1].set_strengths([0.3, 0.2, 0.1], range(3), shares)
+        Stack.share(stacks)
+        assert all(stack._placed.trio is None for stack in stacks)
+        torch.testing.assert_close(self.work(stacks, x)[0], self.work(alone, x)[0])
+
+    def test_other_rows_are_not_shared(self):
+        stacks = self.stacks(self.rows())
+        stacks[1].set_strengths([1.0, 0.5, -0.7], range(3), self.rows())
+        Stack.share(stacks)
+        assert all(stack._placed.trio is None for stack in stacks)
+
+    def test_another_dtype_ends_it(self):
+        stacks = self.stacks(self.rows())
+        Stack.share(stacks)
+        x = random(2, 24, 10, seed=5).double()
+        alone = self.stacks(self.rows())
+        found, expected = ([stack(torch.zeros(2, 24, 12).double(), True, x) for stack in made] for made in (stacks, alone))
+        torch.testing.assert_close(found, expected)
+
+    def test_gains_and_columns_of_one_number_are_not_mistaken(self):
+        """As many ranks as places, by the same strengths."""
+        shares = self.rows()
+        columns = shares.times((0, 2), (1.0, 0.5))
+        shares = Shares(shares.rows)
+        bucket = next(places for places in shares.groups() if len(places) == 2)
+        both = shares.times(bucket, (1.0, 0.5)), shares.gained(bucket, (1.0, 0.5))
+        assert columns.shape == both[0].shape == (1, 24, 2) and both[1].shape == (2, 1, 12, 1)
 
 
 class TestBlend:
