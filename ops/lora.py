@@ -285,6 +285,12 @@ class _Apart:
             return self.trio[0].ranks(self.trio[1], x, bucket, factors)
         return weigh(torch.bmm(bucket.pick(x), self.matrices(bucket.places)[0]), *factors)
 
+    def lie_in(self, places: tuple[int, ...], down: Tensor) -> None:
+        """Have A of a bucket's places there, which is the same A, and not twice."""
+        self._parts[places] = down, self._parts[places][1]
+        if self._is_all(self._at(places)):
+            self.down = down
+
     def amounts(self) -> list:
         """By what its ranks are multiplied, place by place and as objects; None where ranks of one place differ."""
         return [(places, id(weight) if gain is None else None) for places, (weight, gain) in self.factors.items()]
@@ -316,6 +322,9 @@ class _Trio:
         for part in parts:
             self.spans.append((first, part.down.shape[2]))
             first += part.down.shape[2]
+        for places, down in self.downs.items():
+            for part, span in zip(parts, self.spans, strict=True):
+                part.lie_in(places, down.narrow(2, *span))
         self._x: Tensor | None = None
         self._found: dict[tuple[int, ...], Tensor] = {}
         self._served: set[tuple[int, tuple[int, ...]]] = set()
