@@ -8,7 +8,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
@@ -154,10 +154,11 @@ def run_parts(
     claims: dict[str, Claim],
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+    place_of: Callable[[dict], Hashable] | None = None,
 ) -> int:
     """The command line of a benchmark in parts: `--again` measures some of them anew and leaves the others' committed figures, `--check` a
     sample of those that are committed. Rows are marked with their part unless they say one themselves. part_of: the part that a row is
-    of. joint: figures that are of several parts' rows.
+    of. joint: figures that are of several parts' rows. place_of: as for `merge`.
     """
     parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
     parser.add_argument("--check", action="store_true")
@@ -174,7 +175,8 @@ def run_parts(
     for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
         began = time.monotonic()
         found, rows = measure(False, [part])
-        figures = merge(name, part, {"commit": before, "seconds": round(time.monotonic() - began, 1)}, found, rows, part_of, joint)
+        told = {"commit": before, "seconds": round(time.monotonic() - began, 1)}
+        figures = merge(name, part, told, found, rows, part_of, joint, place_of)
     return judge(figures, claims)
 
 
@@ -192,10 +194,16 @@ def merge(
     rows: list[dict],
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+    place_of: Callable[[dict], Hashable] | None = None,
 ) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
-    others = committed(name)
-    rows = [row for row in others["arms"] if part_of(row) != part] + [{"part": part} | row for row in rows]
+    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds. place_of: what
+    tells a row from all others, where a part may be measured in some of its rows: each takes its old place and the others stay.
+    """
+    others, rows = committed(name), [{"part": part} | row for row in rows]
+    if place_of is None:
+        rows = [row for row in others["arms"] if part_of(row) != part] + rows
+    else:
+        rows = list({place_of(row): row for row in (*others["arms"], *rows)}.values())
     figures = {key: Figure(**figure) for key, figure in others["figures"].items()} | figures | joint(rows)
     parts = others["parts"] | {part: run}
     write(name, sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})

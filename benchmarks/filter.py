@@ -28,7 +28,6 @@ row), random (a random span of equal rank), ours, ours+negative. Rows of the lab
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import statistics
@@ -364,13 +363,13 @@ def measure_overhead(loaded, repeats: int, first: bool) -> Figure:
     return Figure(statistics.median(shares), min(shares), max(shares), repeats)
 
 
-def _measure(parts: Sequence[str], ours: bool, sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+def _measure(ours: bool, sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     """Figures and rows of some of PARTS. ours: of what is drawn, the arms of ours alone and what their pictures are compared with."""
     from . import _english
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if sample:
-        parts = PARTS[: PARTS.index("cfg1") + 1]
+        parts = [part for part in PARTS[: PARTS.index("cfg1") + 1] if part in parts]
     english = _english.installed() if "english" in parts else None
     loaded, eye, n, few = host_lab.load("unet"), Eye.load(), SAMPLE if sample else N, 0 if sample else FEW
     figures: dict[str, Figure] = {}
@@ -421,12 +420,14 @@ def _measure(parts: Sequence[str], ours: bool, sample: bool) -> tuple[dict[str, 
 
 
 def compared(rows: Sequence[dict]) -> dict[str, Figure]:
-    """What is told of searches against several arms."""
+    """What is told of searches against several arms, once there are some."""
     held: dict[str, list[bool]] = {}
     for row in rows:
         if row["way"] == ADAPTIVE:
             hits_ = round(row["held"] * row["n"])
             held.setdefault(row["arm"], []).extend([True] * hits_ + [False] * (row["n"] - hits_))
+    if not {"none", "paper", "ours"} <= held.keys():
+        return {}
     best = min((arm for arm in held if arm in PUBLISHED), key=lambda arm: sum(held[arm]) / len(held[arm]))
     return {f"adaptive_{arm}": share(held[arm]) for arm in ("none", "paper")} | {"adaptive_lead": apart(held[best], held["ours"])}
 
@@ -460,31 +461,9 @@ def table(arms: Sequence[dict], model: str = "unet") -> str:
 def main(argv: list[str]) -> int:
     """In full; or some of PARTS with --again, and with --ours of these the arms of ours alone: the rest stays as it was committed."""
     parser = argparse.ArgumentParser(prog="run.py bench filter", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ours", action="store_true")
     options, others = parser.parse_known_args(argv)
-    if "--check" in others:
-        return _report.run("filter", others, partial(_measure, PARTS, False), CLAIMS)
-    commit, figures = _report.commit(), {}
-    for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
-        began = time.monotonic()
-        found, rows = _measure([part], options.ours, False)
-        figures = merge(part, {"commit": commit, "seconds": round(time.monotonic() - began, 1)}, found, rows)
-    return _report.judge(figures, CLAIMS)
-
-
-def merge(part: str, run: dict, figures: dict[str, Figure], rows: list[dict]) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results, each row in its old place; gives all figures. run: commit and seconds."""
-    path = _report.RESULTS / "filter.json"
-    committed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": []}
-    kept = {_place(row): row for row in committed["arms"]} | {_place(row): row for row in rows}
-    figures = {key: Figure(**figure) for key, figure in committed["figures"].items()} | figures
-    if part == ADAPTIVE:
-        figures |= compared(list(kept.values()))
-    parts = committed.get("parts", {}) | {part: run}
-    seconds = sum(one["seconds"] for one in parts.values())
-    _report.write("filter", seconds, figures, list(kept.values()), {"commit": run["commit"], "parts": parts})
-    return figures
+    return _report.run_parts("filter", others, PARTS, partial(_measure, options.ours), CLAIMS, joint=compared, place_of=_place)
 
 
 def _place(row: dict) -> tuple:

@@ -20,13 +20,10 @@ one level at Stable Diffusion 1.5's width that `bench regional` times, capture_s
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import random
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,12 +39,14 @@ from ..lab.scenes import KINDS, MAX_OBJECTS, Scenes, render
 from ..nodes.maps import Capture
 from ..ops.maps import heights, resized
 from ._layouts import CFG, encode
-from ._report import RESULTS, Claim, Figure, mean, run
+from ._report import Claim, Figure, mean, run_parts
 from .regional import Graph, _middle, random_context, ratios, wide_model
 
 log = logging.getLogger("concept_nodes.bench")
 SIZE, SEED, BATCH = 64, 61_000, 16
 N, LARGE, SAMPLE = 64, 24, 16  # pictures: at 64 pixels, at 128, in a check
+COST = "cost"
+PARTS = (COST, *lab.MODELS)
 LEVELS = tuple(level / 20 for level in range(4, 17))
 CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # of the processor, whoever else has it meanwhile
 TIMED = {"repeats": 15, "steps": 8, "wide_repeats": 9, "wide_steps": 1}
@@ -239,22 +238,15 @@ def cost(sample: bool) -> tuple[dict[str, Figure], list[dict]]:
     return figures, arms
 
 
-def _measure(again: Sequence[str], sample: bool) -> tuple[dict[str, Figure], list[dict]]:
-    """again: of the parts ("cost" and the models) those to measure anew; the others stay as they were committed. None of them: all."""
+def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], list[dict]]:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     eye, figures, arms = Eye.load(), {}, []
-    if again:
-        committed = json.loads((RESULTS / "maps.json").read_text(encoding="utf-8"))
-        figures = {key: Figure(**figure) for key, figure in committed["figures"].items()}
-        arms = [row for row in committed["arms"] if row["part"] not in again]
     with torch.inference_mode():
-        if not again or "cost" in again:
+        if COST in parts:
             found, told = cost(sample)
             figures |= found
-            arms += [{"part": "cost"} | row for row in told]
-        for kind in lab.MODELS:
-            if again and kind not in again:
-                continue
+            arms += [{"part": COST} | row for row in told]
+        for kind in (part for part in parts if part != COST):
             loaded = lab.load(kind)
             for size, n in ((SIZE, SAMPLE),) if sample else ((SIZE, N), (2 * SIZE, LARGE)):
                 found, told = quality(kind, loaded, eye, size, n)
@@ -284,7 +276,4 @@ def table(figures: dict[str, Figure]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench maps", add_help=False)
-    parser.add_argument("--again", nargs="+", choices=("cost", *lab.MODELS), default=[])
-    options, others = parser.parse_known_args(argv)
-    return run("maps", others, partial(_measure, options.again), CLAIMS)
+    return run_parts("maps", argv, PARTS, _measure, CLAIMS)

@@ -481,6 +481,8 @@ class CaptureEffect(Effect):
             tap.clear()
             if self.open:
                 tap.rows, tap.batch, tap.tokens = self.open[-1][:3]
+                # In cross-attention, what stands behind the prompt was put there: a word of no value, by Bind Words.
+                tap.first, tap.words = 0, self.open[-1].words if self.levels else 0
 
     def look_back(self, call: Call) -> None:
         now, missed = self.open[-1], 0

@@ -219,7 +219,8 @@ class LocalizeEffect(CaptureEffect):
                 first = sum(spread.lengths[:at])
         gates = bool(self.open) and spread is not None and bool(self.behind)
         for name, tap in self.taps.items():
-            tap.first, tap.words = first, words
+            if spread is not None and spread.lengths:
+                tap.first, tap.words = first, words
             tap.then = partial(self._gate, name) if gates and name in self.behind.values() else None
 
     def _gate(self, name: str, maps: torch.Tensor) -> None:

@@ -79,7 +79,8 @@ def fine_inputs() -> list:
             advanced=True,
             tooltip=(
                 f"How much of a concept a word must bring to be flagged (ours, usually {host_filter.GATE:g}), or how near to "
-                "one the prompt must be (published methods, which have none). 0: as the method does. Higher leaves more alone."
+                "one the prompt must be (published methods, which have none). With ours, what several words must bring together grows with "
+                "it. 0: as the method does. Higher leaves more alone."
             ),
         ),
         io.Float.Input(

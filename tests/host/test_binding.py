@@ -15,12 +15,14 @@ from comfy.ldm.flux.math import apply_rope
 import nodes
 from concept_nodes.host import run_record
 from concept_nodes.host.binding import BindEffect, BindingError, Members, Suppress
+from concept_nodes.host.capture import ALL, find
 from concept_nodes.host.dispatcher import Call, attach, attached
 from concept_nodes.host.maps import MapsError
 from concept_nodes.host.places import Place
 from concept_nodes.host.regions import Regions, TextEffect
 from concept_nodes.host.window import remaining
 from concept_nodes.nodes.binding import Bind
+from concept_nodes.nodes.maps import Capture
 from concept_nodes.ops import binding as ops
 from concept_nodes.ops.masks import Box
 from concept_nodes.ops.regions import Region
@@ -334,3 +336,26 @@ class TestBesides:
         out = models.sample(put(regions))
         told = run_record.find(out).describe()
         assert "attentions could not be followed" in told and torch.equal(out, models.sample(regions))
+
+    @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+    @pytest.mark.parametrize("first", ["capture", "bind"])
+    def test_what_words_attend_to_is_captured_as_it_was_before_they_lost(self, kind, first):
+        """The word of no value behind the prompt, which takes what others lose, is none of it."""
+
+        def capture(model):
+            return Capture.execute(model, ALL, 0.0, 1.0).result[0]
+
+        def captured(model):
+            found = find(models.sample(model, steps=1))
+            assert not found.notes
+            (shape,) = {part.kept.shape[-1] for part in found.groups}
+            assert shape == 7
+            return {part.layer: part.maps.float() for part in found.groups}
+
+        model, little = models.build(kind), 1e-5
+        both = put(capture(model), "words", little) if first == "capture" else capture(put(model, "words", little))
+        plainly, with_words = captured(capture(model)), captured(both)
+        assert plainly.keys() == with_words.keys()
+        for layer, maps in plainly.items():
+            torch.testing.assert_close(with_words[layer], maps, **CLOSE)
+        captured(capture(put(model, "words")))

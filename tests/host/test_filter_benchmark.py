@@ -4,7 +4,7 @@ import comfy.sample
 import pytest
 import torch
 
-from concept_nodes.benchmarks import _attacks, _english, _guided
+from concept_nodes.benchmarks import _attacks, _english, _guided, _report
 from concept_nodes.benchmarks import filter as bench
 from concept_nodes.host import lab
 from concept_nodes.host.encoders import Reader, seats, words
@@ -85,3 +85,48 @@ def test_an_embedding_is_learnt_and_forgotten(loaded):
 def test_ordinary_prompts_are_many_and_all_different():
     made = _english.ordinary(bench.ENGLISH)
     assert len(set(made)) == bench.ENGLISH >= 1000
+
+
+def told(arm, held, way="adaptive", concept="red"):
+    return {"model": "unet", "way": way, "cfg": 5.0, "concept": concept, "arm": arm, "n": 4, "held": held}
+
+
+class TestParts:
+    ROWS = (told("none", 1.0), told("paper", 0.75), told("SLD max", 0.5), told("ours", 0.25))
+
+    def test_arms_drawn_again_take_their_old_places_and_others_stay(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(_report, "RESULTS", tmp_path)
+        asked, rows = [], [told("none", 1.0, "explicit"), told("ours", 0.0, "explicit")]
+
+        def measure(ours, sample, parts):
+            asked.append((ours, sample, list(parts)))
+            return {f"{parts[0]}_rate": _report.share([False])}, rows
+
+        monkeypatch.setattr(bench, "_measure", measure)
+        bench.main(["--again", "explicit"])
+        assert "adaptive_lead" not in _report.committed("filter")["figures"]  # which no search has told of yet
+        rows[:] = self.ROWS
+        bench.main(["--again", "adaptive"])
+        before = _report.committed("filter")
+        assert before["figures"]["adaptive_lead"]["value"] == 0.25
+        rows[:] = [told("ours", 0.0)]
+        bench.main(["--again", "adaptive", "--ours"])
+        after = _report.committed("filter")
+        own = {"part": "adaptive"} | rows[0]
+        assert after["arms"] == [*before["arms"][:-1], own] and len(after["arms"]) == 6
+        assert after["figures"]["adaptive_lead"]["value"] == 0.5 and after["figures"]["explicit_rate"]["n"] == 1
+        assert bench.main(["--check"]) == 0
+        assert asked == [
+            (False, False, ["explicit"]),
+            (False, False, ["adaptive"]),
+            (True, False, ["adaptive"]),
+            (False, True, ["explicit", "adaptive"]),
+        ]
+
+    def test_of_what_is_committed_every_row_has_a_place_of_its_own(self):
+        result = _report.committed("filter")
+        assert len({bench._place(row) for row in result["arms"]}) == len(result["arms"])
+        assert {row["part"] for row in result["arms"]} == set(bench.PARTS) - {"overhead"}  # which has figures alone
+        for key, figure in bench.compared(result["arms"]).items():
+            committed = _report.Figure(**result["figures"][key])
+            assert figure == pytest.approx(committed, abs=1e-6), key

@@ -131,6 +131,36 @@ class TestTruth:
         assert 0.52 <= level < 0.68 and torch.equal(found, torch.ones(3))
 
 
+def test_maps_of_one_model_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(_report, "RESULTS", tmp_path)
+    eyes = []
+    monkeypatch.setattr(of_maps.Eye, "load", lambda: eyes.append(1))
+    monkeypatch.setattr(of_maps, "cost", lambda sample: ({"capture_step_ratio": _report.mean([1.0])}, [{"arm": "wide"}]))
+
+    def of(value):
+        def quality(kind, loaded, eye, size, n):
+            return {f"{kind}_map_miou_{size}": _report.mean([value])}, [{"model": kind, "size": size}]
+
+        monkeypatch.setattr(of_maps, "quality", quality)
+
+    of(0.5)
+    of_maps.main([])
+    before = _report.committed("maps")
+    of(0.75)
+    of_maps.main(["--again", "dit"])
+    after = _report.committed("maps")
+    values = {key: figure["value"] for key, figure in after["figures"].items()}
+    assert values == {
+        "capture_step_ratio": 1.0,
+        "unet_map_miou_64": 0.5,
+        "unet_map_miou_128": 0.5,
+        "dit_map_miou_64": 0.75,
+        "dit_map_miou_128": 0.75,
+    }
+    assert after["arms"] == before["arms"] and [row["part"] for row in after["arms"]] == ["cost", "unet", "unet", "dit", "dit"]
+    assert of_maps.main(["--check"]) == 1 and len(eyes) == 5  # three parts, one again, and a sample of 64 pixels that moved
+
+
 def place(arm, in_place, swap, k=3, model="unet"):
     return {"part": "places", "model": model, "k": k, "arm": arm, "n": 1, "in_place": in_place, "swap": swap}
 
