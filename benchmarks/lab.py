@@ -17,7 +17,7 @@ from ..host import lab as host_lab
 from ..lab import judge
 from ..lab.captions import WAYS
 from ..lab.eye import NETS, Eye
-from ..lab.measure import FAULTS, ask, ask_in, draw, faults, hits
+from ..lab.measure import BEST, FAULTS, ask, ask_in, draw, faults, hits
 from . import _report
 from ._report import Claim, Figure, share
 
@@ -101,7 +101,7 @@ def measure_model(name: str, eyes: dict[str, Eye], n: int, counts: Sequence[int]
     for objects in counts:
         n = n if objects < 4 else min(n, MANY)
         asked = ask(n, objects=objects, size=SIZE, seed=SEED + objects)
-        pictures = draw(model, list(asked), size=SIZE, seed=SEED)
+        pictures = draw(model, list(asked), size=SIZE, seed=SEED, **BEST[name])
         seen = eyes["eye"].read(pictures)
         right, told = hits(asked, seen), faults(asked, seen)
         row = {key: share(values) for key, values in right.items()}
@@ -135,7 +135,8 @@ def measure_wordings(name: str, eye: Eye, n: int) -> tuple[dict[str, Figure], li
     for way in WAYS:
         drawn[way] = []
         for attribute, asked in ask_in(way, n, size=WORDING_SIZE, seed=SEED):
-            right = hits(asked, eye.read(draw(model, list(asked), size=WORDING_SIZE, seed=SEED)))[judged[attribute]]
+            pictures = draw(model, list(asked), size=WORDING_SIZE, seed=SEED, **BEST[name])
+            right = hits(asked, eye.read(pictures))[judged[attribute]]
             drawn[way] += right
             arms.append({"model": name, "way": way, "attribute": attribute, "share": round(sum(right) / len(right), 4), "n": len(right)})
             log.info("%s", arms[-1])
