@@ -1,7 +1,8 @@
 """How well the lab's models draw what captions ask, and how well the eyes see it. `python run.py bench lab`.
 
-Every row draws new scenes' complete captions through the host's sampler at 128 pixels (other wordings: 64): 20 Euler steps, CFG 4. The
-first eye reads; the second one says whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
+Every row draws new scenes' complete captions through the host's sampler at 128 pixels (other wordings: 64) in 20 steps, each model by
+the settings that a study found best for it (`BEST`, docs/lab.md); its captions and noise were others than these. The first eye reads; the
+second one says whether the verdicts hang on the first. `bind` is the exact set of shapes in their colours.
 
 `--again PART ...` measures some of PARTS anew and keeps the others' committed figures.
 """
@@ -24,6 +25,7 @@ from ._report import Claim, Figure, share
 log = logging.getLogger("concept_nodes.bench")
 SIZE, WORDING_SIZE = 128, 64
 N, SAMPLE, MANY = 512, 64, 128  # pictures a row; in a check; with four objects and more, for which nothing is claimed
+EYES, WORDED = 1500, 510  # scenes an eye reads; pictures a way of wording
 SEED = 7000
 COUNTS = {"1": (1,), "2": (2,), "3": (3,), "more": (4, 5, 6)}
 WORDINGS = "wordings"
@@ -153,11 +155,11 @@ def _measure(sample: bool, parts: Sequence[str]) -> tuple[dict[str, Figure], lis
         for part in parts:
             name, _, what = part.partition("-")
             if part == "eyes":
-                found, own = measure_eyes(500 if sample else 4000)
+                found, own = measure_eyes(EYES // 3 if sample else EYES)
             elif sample and what not in ("1", "2"):
                 continue
             elif what == WORDINGS:
-                found, own = measure_wordings(name, eyes["eye"], 510)
+                found, own = measure_wordings(name, eyes["eye"], WORDED)
             else:
                 found, own = measure_model(name, eyes, n, COUNTS[what])
             figures, rows = figures | found, rows + own

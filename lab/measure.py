@@ -19,7 +19,7 @@ log = logging.getLogger("concept_nodes.lab")
 # How each model draws best in 20 steps at 128 pixels, of the settings that docs/lab.md lists; their captions and noise were others than
 # those that anything is measured with. `draw` itself keeps the plain ones (Euler, CFG 4 to the end), which other measurements hang on.
 BEST = {
-    "unet": {"sampler": "euler", "scheduler": "normal", "cfg": 4.0, "guided": 0.5},
+    "unet": {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 3.0, "guided": 0.5},
     "dit": {"sampler": "euler", "scheduler": "normal", "cfg": 4.0, "guided": 0.5},
 }
 
@@ -84,7 +84,8 @@ def draw_latents(
     guided: float = 1.0,
 ) -> torch.Tensor:
     """Latents (N, 4, h, w) for captions through the host's sampler, h and w as the model's autoencoder has them: picture i starts from
-    noise of seeds[i], or seed + i. guided: the share of the schedule, from its noisy end, that cfg is for; after it CFG is 1.
+    noise of seeds[i], or seed + i; what a sampler adds on its way comes from seed, and changes with `batch`. guided: the share of the
+    schedule, from its noisy end, that cfg is for; after it CFG is 1.
     """
     import comfy.sample
     from comfy_extras.nodes_custom_sampler import CFGOverride
