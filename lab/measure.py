@@ -20,7 +20,7 @@ log = logging.getLogger("concept_nodes.lab")
 # those that anything is measured with. `draw` itself keeps the plain ones (Euler, CFG 4 to the end), which other measurements hang on.
 BEST = {
     "unet": {"sampler": "euler_ancestral", "scheduler": "normal", "cfg": 3.0, "guided": 0.5},
-    "dit": {"sampler": "euler", "scheduler": "normal", "cfg": 4.0, "guided": 0.5},
+    "dit": {"sampler": "euler", "scheduler": "normal", "cfg": 2.5},
 }
 
 
