@@ -26,7 +26,7 @@ from ._report import Claim, Figure, share
 log = logging.getLogger("concept_nodes.bench")
 SIZE, WORDING_SIZE = 128, 64
 N, SAMPLE, MANY = 512, 64, 128  # pictures a row; in a check; with four objects and more, for which nothing is claimed
-EYES, WORDED = 1500, 510  # scenes an eye reads; pictures a way of wording
+EYES, WORDED = 1200, 510  # scenes an eye reads; pictures a way of wording
 SEED = 7000
 COUNTS = {"1": (1,), "2": (2,), "3": (3,), "more": (4, 5, 6)}
 WORDINGS = "wordings"
