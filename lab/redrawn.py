@@ -15,7 +15,7 @@ from .train_denoiser import encode_scenes, load_vae, sd_alphas, walk
 from .train_text import load_encoder, states
 
 # (height, width): ({objects: weight}, pictures per 1,000)
-SHARES = {(64, 64): ({1: 0.6, 2: 0.4}, 500), (128, 128): ({1: 0.4, 2: 0.2, 3: 0.2, 6: 0.2}, 350), (64, 96): ({1: 0.4, 2: 0.4, 3: 0.2}, 150)}
+SHARES = {(64, 64): ({1: 0.6, 2: 0.4}, 200), (128, 128): ({1: 0.6, 2: 0.2, 3: 0.1, 6: 0.1}, 400), (64, 96): ({1: 0.4, 2: 0.4, 3: 0.2}, 80)}
 STARTS = (0.15, 0.55)  # shares of the schedule: the noise of sigma .3 to 2, where places and shapes stay and small faults come in
 STEPS, GUIDANCE, BATCH = 6, 3.0, 32
 
@@ -44,11 +44,10 @@ class Redrawn:
                 latents.append(walk("unet", module, noised, context, pooled, **settings).half())
                 pictures.append((render(scenes.to(device)) * 255).round().to(torch.uint8))
             self.parts.append((torch.cat(latents), torch.cat(pictures)))
-        self.turn = 0
+        self.shares = torch.tensor([float(len(latents)) for latents, _ in self.parts])
 
     def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The next random batch: latents and pictures (m, 3, H, W) in 0..1, with m so that they hold about n * 64 * 64 pixels."""
-        latents, pictures = self.parts[self.turn % len(self.parts)]
-        self.turn += 1
+        latents, pictures = self.parts[int(torch.multinomial(self.shares, 1))]
         rows = torch.randint(len(latents), (max(1, n * 64 * 64 // (pictures.shape[2] * pictures.shape[3])),)).to(self.device)
         return latents[rows].float(), pictures[rows].float() / 255

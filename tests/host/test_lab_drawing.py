@@ -86,6 +86,27 @@ class TestDrawing:
         with torch.inference_mode(False):
             assert measure.draw(loaded, [PROMPT], size=64, seed=1, steps=1).shape == (1, 64, 64, 3)
 
+    def test_guidance_ends_where_it_is_told_to(self, loaded):
+        """As two of the host's own samplers in a row: one at CFG 4 as far as half of the schedule, one at CFG 1 from there."""
+        steps = 6
+        drawn = [
+            measure.draw_latents(loaded, [PROMPT], size=64, seed=3, steps=steps, **settings)
+            for settings in ({"guided": 0.5}, {}, {"cfg": 1.0})
+        ]
+        sampling = loaded.model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+        turn = int((sigmas > sampling.percent_to_sigma(0.5)).sum())
+        assert 0 < turn < steps
+        latent = {"samples": torch.zeros_like(drawn[0])}
+        words = encode(loaded, PROMPT), encode(loaded, "")
+        for cfg, start, end in ((4.0, 0, turn), (1.0, turn, steps)):
+            noise, left = ("disable", "disable") if start else ("enable", "enable")
+            latent = nodes.KSamplerAdvanced().sample(
+                loaded.model, noise, 3, steps, cfg, "euler", "normal", *words, latent, start, end, left
+            )[0]
+        torch.testing.assert_close(drawn[0], latent["samples"], rtol=0, atol=1e-4)
+        assert all((drawn[0] - other).abs().max() > 0.05 for other in drawn[1:])
+
     def test_batch_of_four(self, loaded, eye):
         pictures = decode(loaded, sample(loaded, empty(batch=4)))
         assert pictures.shape == (4, 64, 64, 3)
