@@ -154,17 +154,19 @@ def run_parts(
     claims: dict[str, Claim],
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+    about: Callable[[str], dict] | None = None,
 ) -> int:
     """The command line of a benchmark in parts: `--again` measures some of them anew and leaves the others' committed figures, `--check` a
     sample of those that are committed. Rows are marked with their part unless they say one themselves. part_of: the part that a row is
-    of. joint: figures that are of several parts' rows.
+    of. joint: figures that are of several parts' rows. about: what a part is measured of (a digest of files); committed parts of anything
+    else are dropped, figures and rows.
     """
     parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--again", nargs="+", choices=parts, default=parts)
     options = parser.parse_args(argv)
     if options.check:
-        known = [part for part in parts if part in committed(name).get("parts", {})]
+        known = [part for part in parts if part in (current(name, about) if about else committed(name)).get("parts", {})]
         figures = measure(True, known)[0] if known else {}
         if not figures:
             print(f"Nothing of bench {name} is committed that a sample could check.")
@@ -174,7 +176,10 @@ def run_parts(
     for part in options.again:  # each is written when it is done: a run that is broken off keeps what it has
         began = time.monotonic()
         found, rows = measure(False, [part])
-        figures = merge(name, part, {"commit": before, "seconds": round(time.monotonic() - began, 1)}, found, rows, part_of, joint)
+        run = {"commit": before, "seconds": round(time.monotonic() - began, 1)}
+        if about:
+            run |= about(part) | {"figures": list(found)}
+        figures = merge(name, part, run, found, rows, part_of, joint, current(name, about) if about else None)
     return judge(figures, claims)
 
 
@@ -182,6 +187,18 @@ def committed(name: str) -> dict:
     """The results of a benchmark in parts; of none where there are none yet."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
+
+
+def current(name: str, about: Callable[[str], dict]) -> dict:
+    """As `committed`, without the parts that were measured of something else than there is now."""
+    results = committed(name)
+    parts = {part: run for part, run in results.get("parts", {}).items() if about(part).items() <= run.items()}
+    known = {key for run in parts.values() for key in run["figures"]}
+    return results | {
+        "parts": parts,
+        "figures": {key: figure for key, figure in results["figures"].items() if key in known},
+        "arms": [row for row in results["arms"] if row.get("part") in parts],
+    }
 
 
 def merge(
@@ -192,9 +209,12 @@ def merge(
     rows: list[dict],
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
+    others: dict | None = None,
 ) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds."""
-    others = committed(name)
+    """Put a part measured anew among the others' results (None: all that are committed); gives all figures. run: of which commit, in how
+    many seconds.
+    """
+    others = others or committed(name)
     rows = [row for row in others["arms"] if part_of(row) != part] + [{"part": part} | row for row in rows]
     figures = {key: Figure(**figure) for key, figure in others["figures"].items()} | figures | joint(rows)
     parts = others["parts"] | {part: run}

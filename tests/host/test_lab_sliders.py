@@ -17,6 +17,7 @@ from concept_nodes.lab.scenes import render, sample_scenes
 from concept_nodes.nodes import NODES
 from concept_nodes.nodes.slider_training import prompts
 
+ENDS = {"neon": "vintage to neon"}  # of the attribute, where trained pairs go half of its way
 BOTH = [(model, name) for model in lab.MODELS for name in sliders.NAMES]
 
 
@@ -34,7 +35,7 @@ def readings(eye, change, after):
 class TestAttributes:
     @pytest.mark.parametrize("slider", sliders.NAMES)
     def test_drawn_pairs_span_the_range(self, eye, slider):
-        before, after = (readings(eye, _trainings.PAIRS[slider], side) for side in (False, True))
+        before, after = (readings(eye, ENDS.get(slider, _trainings.PAIRS[slider]), side) for side in (False, True))
         spans = [(attribute(slider, *more) - attribute(slider, *less)) / RANGES[slider] for less, more in zip(before, after, strict=True)]
         assert sum(spans) / len(spans) == pytest.approx(0.9, abs=0.15)
 
@@ -47,6 +48,25 @@ class TestAttributes:
         told = [others(other, less, more) for (_, less), (_, more) in zip(before, after, strict=True)]
         assert sum(own) / 8 < 0.05
         assert sum(told) / 8 > 0.12
+
+    @pytest.mark.parametrize(("slider", "change"), [("fill", "outline to solid"), ("neon", "vintage to neon")])
+    def test_what_turns_by_shares_is_read_by_shares(self, eye, slider, change):
+        """Where the eye has long been sure as well; whichever of the drawings the scene is read in."""
+        before, after = (dict(enumerate(readings(eye, change, side))) for side in (False, True))
+        for at, (less, plain) in before.items():
+            more = after[at][0]
+            told = [attribute(slider, less + part * (more - less), plain, plain) for part in (0.0, 0.05, 0.5, 0.95, 1.0)]
+            if not math.isnan(told[0]):
+                assert told == sorted(told)
+                assert told[2] - told[0] == pytest.approx((told[4] - told[0]) / 2, abs=1e-5)
+                assert told[4] - told[0] == pytest.approx(1, abs=0.2)
+        assert sum(math.isnan(attribute(slider, less, plain)) for less, plain in before.values()) <= 2
+
+    def test_a_shape_that_is_all_outline_has_no_fill(self, eye):
+        scenes = sample_scenes(4, plain=True, generator=torch.Generator().manual_seed(2))
+        scenes.kind[:], scenes.diameter[:], scenes.fill[:] = 4, 16.0, 0  # small crosses
+        pictures = render(scenes).movedim(1, -1)
+        assert all(math.isnan(attribute("fill", *pair)) for pair in zip(pictures, eye.read(pictures), strict=True))
 
     def test_nothing_changed_is_nothing(self, eye):
         for _, reading in readings(eye, "small to large", False):
