@@ -145,7 +145,7 @@ class Bench:
         self.about = hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=8).hexdigest()
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.lab.vae.decode(part).cpu() for part in latents.split(64)])
+        return torch.cat([self.lab.vae.decode(part).cpu() for part in latents.split(8)])
 
     def drawn(self, texts: list[str], seeds: list[int], model=None) -> torch.Tensor:
         return self.pictures(draw_latents(self.lab, texts, size=64, seeds=seeds, model=model, cfg=CFG))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from concept_nodes.benchmarks import _report
 from concept_nodes.benchmarks import binding as of_binding
 from concept_nodes.benchmarks import filter as of_filter
 from concept_nodes.benchmarks import localize as of_localize
@@ -46,6 +47,11 @@ def test_readme_tells_of_every_shipped_slider_what_was_measured():
             claim = bench.CLAIMS.get(key)
             cells.append(shown(key, figure) if claim is None or claim.met(figure) else f"**{shown(key, figure)}**")
         assert f"| {' | '.join(cells)} |" in told
+
+
+def test_figures_of_the_sliders_are_of_the_files_that_ship():
+    lab.show_files()
+    assert _report.current("sliders", bench.about)["parts"] == _report.committed("sliders")["parts"]
 
 
 def test_figures_of_the_sliders_are_over_many_seeds():
