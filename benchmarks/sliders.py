@@ -68,7 +68,7 @@ SEEDS, ARM_SEEDS, SAMPLE = 200, 48, 24
 FIRST_SEED = 20_000
 CFG = 2.5  # at which this model draws best: of 40 prompts for each pole at 4, .80 to .98 are valid, at 2.5 .90 to 1
 EFFECT = 0.25  # of the range, each way: where arms are compared
-# Sweeps that are done, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
+# Pictures that are drawn, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
 KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"
 
 CLAIMS = {
@@ -234,8 +234,16 @@ class Bench:
         return drawer
 
     def sweep(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float], of: str = "") -> Sweep:
-        """Draw and read; what was done before with the same weights is taken from the last run. `of`: what else it depends on."""
-        return Sweep(*self.kept([slider, arm, seeds, strengths], of, lambda: tuple(self._swept(slider, arm, drawer, seeds, strengths))))
+        """Draw and read; what was done before with the same weights is taken from the last run, each strength by itself. `of`: what else
+        it depends on.
+        """
+        began, texts, rows = time.monotonic(), [prompt(slider, seed) for seed in seeds], {}
+        for strength in sorted({0.0, *strengths}, key=abs):
+            drawn = self.kept([slider, arm, seeds, strength], of, lambda strength=strength: drawer(texts, seeds, strength).half())
+            rows[strength] = drawn.float()  # finer than a PNG of it
+        done = self._read(slider, rows, strengths)
+        print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
+        return done
 
     def kept(self, what: Any, of: str, make: Callable) -> Any:
         """What `make` gives, or gave in an earlier run with the same weights: long runs can be stopped and begun again."""
@@ -251,23 +259,16 @@ class Bench:
     def by_released_trainer(self, slider: str) -> tuple[dict[str, torch.Tensor], float]:
         return self.kept(f"{slider} released trainer", "", lambda: _released.train(self.released, slider))
 
-    def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
-        began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
-        rows: dict[float, tuple] = {}
-        for strength in sorted({0.0, *strengths}, key=abs):
-            pictures = drawer(texts, seeds, strength)
-            rows[strength] = pictures, self.eye.read(pictures)
-        _, plain = rows[0.0]
-        columns = [[], [], [], []]
+    def _read(self, slider: str, rows: dict[float, torch.Tensor], strengths: list[float]) -> Sweep:
+        readings = {strength: self.eye.read(pictures) for strength, pictures in rows.items()}
+        plain, columns = readings[0.0], [[], [], [], []]
         for strength in strengths:
-            pictures, readings = rows[strength]
-            columns[0].append([attribute(slider, *three) for three in zip(pictures, readings, plain, strict=True)])
-            columns[1].append([float(reading.valid > 0.5) for reading in readings])
-            columns[2].append([others(slider, *pair) for pair in zip(plain, readings, strict=True)])
-            columns[3].append([shift(*pair) for pair in zip(plain, readings, strict=True)])
-        done = Sweep(strengths, *(torch.tensor(column).T for column in columns))
-        print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
-        return done
+            read = readings[strength]
+            columns[0].append([attribute(slider, *three) for three in zip(rows[strength], read, plain, strict=True)])
+            columns[1].append([float(reading.valid > 0.5) for reading in read])
+            columns[2].append([others(slider, *pair) for pair in zip(plain, read, strict=True)])
+            columns[3].append([shift(*pair) for pair in zip(plain, read, strict=True)])
+        return Sweep(strengths, *(torch.tensor(column).T for column in columns))
 
 
 def stacked(conditions: list[list]) -> list[list]:
