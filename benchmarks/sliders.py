@@ -610,8 +610,15 @@ OURS = [label for label, part in PARTS.items() if part.kind in ("", MOVING, TOGE
 
 
 def about(label: str) -> dict:
-    """What a part's results are of: of which slider files."""
-    return {"of": digest(PARTS[label].model, *PARTS[label].sliders) if label in PARTS else None}
+    """What a part's results are of: of which slider files, or what costs hang on, of how many numbers in which layers."""
+    if label not in PARTS:
+        return {"of": None}
+    part = PARTS[label]
+    if part.kind != MOVING:
+        return {"of": digest(part.model, *part.sliders)}
+    layers = adapters.read(resolve("loras", sliders.file_of(part.model, part.sliders[0])))
+    told = json.dumps([(key, list(tensor.shape)) for key, tensor in sorted(layers.items())])
+    return {"of": hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}
 
 
 def _measure(sample: bool, labels: Sequence[str], released: Path | None = None) -> tuple[dict[str, Figure], list[dict]]:
