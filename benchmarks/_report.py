@@ -155,17 +155,19 @@ def run_parts(
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
     place_of: Callable[[dict], Hashable] | None = None,
+    about: Callable[[str], dict] | None = None,
 ) -> int:
     """The command line of a benchmark in parts: `--again` measures some of them anew and leaves the others' committed figures, `--check` a
     sample of those that are committed. Rows are marked with their part unless they say one themselves. part_of: the part that a row is
-    of. joint: figures that are of several parts' rows. place_of: as for `merge`.
+    of. joint: figures that are of several parts' rows. place_of: as for `merge`. about: what a part is measured of (a digest of files);
+    committed parts of anything else are dropped, figures and rows.
     """
     parser = argparse.ArgumentParser(prog=f"run.py bench {name}")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--again", nargs="+", choices=parts, default=parts)
     options = parser.parse_args(argv)
     if options.check:
-        known = [part for part in parts if part in committed(name).get("parts", {})]
+        known = [part for part in parts if part in (current(name, about) if about else committed(name)).get("parts", {})]
         figures = measure(True, known)[0] if known else {}
         if not figures:
             print(f"Nothing of bench {name} is committed that a sample could check.")
@@ -176,7 +178,9 @@ def run_parts(
         began = time.monotonic()
         found, rows = measure(False, [part])
         told = {"commit": before, "seconds": round(time.monotonic() - began, 1)}
-        figures = merge(name, part, told, found, rows, part_of, joint, place_of)
+        if about:
+            told |= about(part) | {"figures": list(found)}
+        figures = merge(name, part, told, found, rows, part_of, joint, place_of, current(name, about) if about else None)
     return judge(figures, claims)
 
 
@@ -184,6 +188,18 @@ def committed(name: str) -> dict:
     """The results of a benchmark in parts; of none where there are none yet."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "arms": [], "parts": {}}
+
+
+def current(name: str, about: Callable[[str], dict]) -> dict:
+    """As `committed`, without the parts that were measured of something else than there is now."""
+    results = committed(name)
+    parts = {part: run for part, run in results.get("parts", {}).items() if about(part).items() <= run.items()}
+    known = {key for run in parts.values() for key in run["figures"]}
+    return results | {
+        "parts": parts,
+        "figures": {key: figure for key, figure in results["figures"].items() if key in known},
+        "arms": [row for row in results["arms"] if row.get("part") in parts],
+    }
 
 
 def merge(
@@ -195,11 +211,13 @@ def merge(
     part_of: Callable[[dict], str] = itemgetter("part"),
     joint: Callable[[list[dict]], dict[str, Figure]] = lambda rows: {},
     place_of: Callable[[dict], Hashable] | None = None,
+    others: dict | None = None,
 ) -> dict[str, Figure]:
-    """Put a part measured anew among the others' results; gives all figures. run: of which commit, in how many seconds. place_of: what
-    tells a row from all others, where a part may be measured in some of its rows: each takes its old place and the others stay.
+    """Put a part measured anew among the others' results (None: all that are committed); gives all figures. run: of which commit, in how
+    many seconds. place_of: what tells a row from all others, where a part may be measured in some of its rows: each takes its old place and
+    the others stay.
     """
-    others, rows = committed(name), [{"part": part} | row for row in rows]
+    others, rows = others or committed(name), [{"part": part} | row for row in rows]
     if place_of is None:
         rows = [row for row in others["arms"] if part_of(row) != part] + rows
     else:

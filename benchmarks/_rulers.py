@@ -21,8 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..lab.concepts import CONCEPTS, TINY, holds, index_of, with_concept
-from ..lab.eye import Eye, Reading
-from ..lab.scenes import COLOURS, FILLS, KINDS, MAX_OBJECTS, SHAPES, STYLES, Scenes, render
+from ..lab.eye import Eye, Reading, as_scenes
+from ..lab.scenes import SHAPES, render
 
 UNSEEN = -15.0  # of a picture without an object: what pictures of another shape have
 
@@ -65,29 +65,8 @@ def _moved(pictures: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from (moved, moved.flip(2))
 
 
-def scenes_of(readings: Sequence[Reading], height: int, width: int) -> Scenes:
-    """What the eye read as scenes, the surest object of each."""
-    n, seen = len(readings), [one.objects[0] for one in readings]
-
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        slots = torch.zeros(n, MAX_OBJECTS, dtype=dtype)
-        slots[:, 0] = torch.tensor(values)
-        return slots
-
-    words = ((KINDS, [one.kind for one in seen]), (COLOURS, [one.colour for one in seen]), (FILLS, [one.fill for one in seen]))
-    return Scenes(
-        height,
-        width,
-        torch.ones(n, dtype=torch.long),
-        *(column([known.index(word) for word in said], torch.long) for known, said in words),
-        *(column([getattr(one, name) for one in seen]) for name in ("diameter", "x", "y")),
-        torch.tensor([one.background for one in readings]),
-        torch.tensor([STYLES.index(one.style) for one in readings]),
-    )
-
-
 def _drawn(concept: str, pictures: torch.Tensor, readings: Sequence[Reading]) -> torch.Tensor:
-    scenes = scenes_of(readings, *pictures.shape[2:4])
+    scenes = as_scenes(readings, *pictures.shape[2:4])
     a, b = (render(one).movedim(1, -1) for one in (scenes, with_concept(scenes, concept)))
     way = b - a
     return ((pictures - a) * way).sum((2, 3, 4)) / way.square().sum((1, 2, 3)).clamp_min(TINY)  # none of what is read as a character

@@ -26,7 +26,12 @@ github.com/rohitgandikota/sliders; needs the development extras) also the *relea
 
     interference_to_released, train_time_to_released   ours over it
 
-`--ours` measures the shipped sliders alone, in half an hour; what is claimed against the other arms then counts as not met.
+`--again PART ...` measures some parts alone: a slider (`unet-size`), its prompt-based arms (`unet-size-prompts`), its trained arms
+(`unet-size-trained`), all sliders together (`unet-together`) and the costs (`unet-moving`); `--ours` all but the arms, in some 90
+minutes. Parts that were measured of slider files which have changed since are left out of the results.
+
+Pictures are drawn at guidance 2.5. At 4 the model spoils so many of its own (of prompts for a pole, without any slider, up to a fifth) that
+what a slider spoils can hardly be told.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +66,9 @@ STRENGTHS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 ENDS = [-2.0, 2.0]
 SEEDS, ARM_SEEDS, SAMPLE = 200, 48, 24
 FIRST_SEED = 20_000
+CFG = 2.5  # at which this model draws best: of 40 prompts for each pole at 4, .80 to .98 are valid, at 2.5 .90 to 1
 EFFECT = 0.25  # of the range, each way: where arms are compared
-# Sweeps that are done, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
+# Pictures that are drawn, so that a stopped run goes on. Delete it after changes to ops, host or nodes.
 KEPT = Path(__file__).resolve().parents[1] / "lab" / "runs" / "bench_sliders"
 
 CLAIMS = {
@@ -83,12 +90,13 @@ TIMED = ("size", "background")
 PROMPT_ARMS = ("weighting", "swap", "interpolation")
 PLACES = ("on the left", "on the right", "in the centre", "at the top", "at the bottom")
 GROUNDS = ("black", "dark grey", "light grey", "white")
+FIXED = {"size": "medium", "fill": "large"}  # a small star or crescent is all outline: there is nothing in it to fill
 
 
 def prompt(slider: str, seed: int) -> str:
     """The prompt of a seed: it leaves the slider's attribute at its middle, or unsaid."""
     rng = random.Random(seed)
-    size = "medium" if slider == "size" else rng.choice(SIZES)
+    size = FIXED.get(slider) or rng.choice(SIZES)
     colour = "cyan" if slider == "hue" else rng.choice(COLOURS)
     ground = "grey" if slider == "background" else rng.choice(GROUNDS)
     return f"a {size} {colour} {rng.choice(SHAPES)} {rng.choice(PLACES)} on a {ground} background"
@@ -137,10 +145,10 @@ class Bench:
         self.about = hashlib.blake2b(b"".join(path.read_bytes() for path in own), digest_size=8).hexdigest()
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.lab.vae.decode(part).cpu() for part in latents.split(64)])
+        return torch.cat([self.lab.vae.decode(part).cpu() for part in latents.split(8)])
 
     def drawn(self, texts: list[str], seeds: list[int], model=None) -> torch.Tensor:
-        return self.pictures(draw_latents(self.lab, texts, size=64, seeds=seeds, model=model))
+        return self.pictures(draw_latents(self.lab, texts, size=64, seeds=seeds, model=model, cfg=CFG))
 
     def encode(self, text: str):
         return self.lab.clip.encode_from_tokens(self.lab.clip.tokenize(text), return_pooled=True)
@@ -152,7 +160,7 @@ class Bench:
         side = 64 // self.lab.vae.spacial_compression_decode()
         noise = torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         latents = comfy.sample.sample(
-            model or self.lab.model, noise, 20, 4.0, "euler", "normal", stacked(conditions), [[*self.conditioning("")]],
+            model or self.lab.model, noise, 20, CFG, "euler", "normal", stacked(conditions), [[*self.conditioning("")]],
             torch.zeros_like(noise), disable_pbar=True, seed=0,
         )  # fmt: skip
         return self.pictures(latents)
@@ -226,8 +234,16 @@ class Bench:
         return drawer
 
     def sweep(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float], of: str = "") -> Sweep:
-        """Draw and read; what was done before with the same weights is taken from the last run. `of`: what else it depends on."""
-        return Sweep(*self.kept([slider, arm, seeds, strengths], of, lambda: tuple(self._swept(slider, arm, drawer, seeds, strengths))))
+        """Draw and read; what was done before with the same weights is taken from the last run, each strength by itself. `of`: what else
+        it depends on.
+        """
+        began, texts, rows = time.monotonic(), [prompt(slider, seed) for seed in seeds], {}
+        for strength in sorted({0.0, *strengths}, key=abs):
+            drawn = self.kept([slider, arm, seeds, strength], of, lambda strength=strength: drawer(texts, seeds, strength).half())
+            rows[strength] = drawn.float()  # finer than a PNG of it
+        done = self._read(slider, rows, strengths)
+        print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
+        return done
 
     def kept(self, what: Any, of: str, make: Callable) -> Any:
         """What `make` gives, or gave in an earlier run with the same weights: long runs can be stopped and begun again."""
@@ -243,23 +259,16 @@ class Bench:
     def by_released_trainer(self, slider: str) -> tuple[dict[str, torch.Tensor], float]:
         return self.kept(f"{slider} released trainer", "", lambda: _released.train(self.released, slider))
 
-    def _swept(self, slider: str, arm: str, drawer: Drawer, seeds: list[int], strengths: list[float]) -> Sweep:
-        began, texts = time.monotonic(), [prompt(slider, seed) for seed in seeds]
-        rows: dict[float, tuple] = {}
-        for strength in sorted({0.0, *strengths}, key=abs):
-            pictures = drawer(texts, seeds, strength)
-            rows[strength] = pictures, self.eye.read(pictures)
-        _, plain = rows[0.0]
-        columns = [[], [], [], []]
+    def _read(self, slider: str, rows: dict[float, torch.Tensor], strengths: list[float]) -> Sweep:
+        readings = {strength: self.eye.read(pictures) for strength, pictures in rows.items()}
+        plain, columns = readings[0.0], [[], [], [], []]
         for strength in strengths:
-            pictures, readings = rows[strength]
-            columns[0].append([attribute(slider, *pair) for pair in zip(pictures, readings, strict=True)])
-            columns[1].append([float(reading.valid > 0.5) for reading in readings])
-            columns[2].append([others(slider, *pair) for pair in zip(plain, readings, strict=True)])
-            columns[3].append([shift(*pair) for pair in zip(plain, readings, strict=True)])
-        done = Sweep(strengths, *(torch.tensor(column).T for column in columns))
-        print(f"{self.name} {slider}, {arm}: {len(seeds)} seeds, {len(rows)} strengths, {time.monotonic() - began:.0f} s", flush=True)
-        return done
+            read = readings[strength]
+            columns[0].append([attribute(slider, *three) for three in zip(rows[strength], read, plain, strict=True)])
+            columns[1].append([float(reading.valid > 0.5) for reading in read])
+            columns[2].append([others(slider, *pair) for pair in zip(plain, read, strict=True)])
+            columns[3].append([shift(*pair) for pair in zip(plain, read, strict=True)])
+        return Sweep(strengths, *(torch.tensor(column).T for column in columns))
 
 
 def stacked(conditions: list[list]) -> list[list]:
@@ -355,7 +364,7 @@ def stock_differences(lab_model, texts: list[str], file: str, seeds: list[int]) 
     for strength in (-2.0, -0.5, 1.0, 2.0):
         ours = Slider.execute(lab_model.model, file, strength, 0.0, 1.0).result[0]
         theirs, _ = comfy.sd.load_lora_for_models(lab_model.model, None, state, strength, 0.0)
-        pair = [draw_latents(lab_model, texts, size=64, seeds=seeds, model=model) for model in (ours, theirs)]
+        pair = [draw_latents(lab_model, texts, size=64, seeds=seeds, model=model, cfg=CFG) for model in (ours, theirs)]
         differences.append((pair[0] - pair[1]).abs().flatten(1).amax(1))
     return torch.stack(differences).amax(0)
 
@@ -376,11 +385,10 @@ def arm(model: str, slider: str, name: str, sweep: Sweep) -> dict:
     }
 
 
-def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, alone: bool = False) -> tuple[dict[str, Figure], list[dict]]:
-    """The figures of one slider, and what each arm did; `alone`: without those that it is compared with."""
-    file, few = sliders.file_of(bench.name, slider), seeds[:ARM_SEEDS]
+def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool) -> tuple[dict[str, Figure], list[dict]]:
+    """The figures of one slider, and what it did."""
+    file, few, of = sliders.file_of(bench.name, slider), seeds[:ARM_SEEDS], digest(bench.name, slider)
     state = adapters.read(resolve("loras", file))
-    of = hashlib.blake2b(Path(resolve("loras", file)).read_bytes(), digest_size=8).hexdigest()
     ours = bench.sweep(slider, "ours", bench.slider(file), seeds, STRENGTHS, of)
     figures = {
         "spearman": mean(spearman(whole(ours.attribute))),
@@ -399,30 +407,56 @@ def measure_slider(bench: Bench, slider: str, seeds: list[int], *, full: bool, a
         twin = bench.sweep(slider, "random LoRA of equal norms", bench.slider("", lora=random_twin(state)), few, [-2.0, 0.0, 2.0], of)
         figures["control_span"] = mean(span(slider, whole(twin.attribute)).abs())
         arms.append(arm(bench.name, slider, "random LoRA of equal norms", twin))
-    if full and not alone:
-        sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), few, STRENGTHS) for name in PROMPT_ARMS}
-        sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), few, STRENGTHS) for form in ("embedding", "guidance")}
-        arms += [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
-        for name, way in _trainings.WAYS.items() if bench.name == "unet" and slider != "neon" else ():
-            lora, seconds = bench.kept(f"{slider} {name}", of, lambda way=way: way(bench.name, slider))
-            sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
-            arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
-        if bench.released and bench.name == "unet" and slider in TIMED:
-            lora, seconds = bench.by_released_trainer(slider)
-            name = "released trainer"
-            sweeps[name] = bench.sweep(slider, name, bench.slider("", lora=lora), few, STRENGTHS, of)
-            arms.append({**arm(bench.name, slider, name, sweeps[name]), "seconds": round(seconds, 1)})
-        mine = at_effect(slider, ours)
-        if mine:
+        if mine := at_effect(slider, ours):
             figures["interference"] = mean(together(mine, mine))
-        if compared := best_rival(mine, [at_effect(slider, sweeps[name]) for name in PROMPT_ARMS]):
-            figures["interference_ratio"] = compared
-        if "published loop" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["published loop"])])):
-            figures["interference_to_published"] = compared
-        if "released trainer" in sweeps and (compared := best_rival(mine, [at_effect(slider, sweeps["released trainer"])])):
-            figures["interference_to_released"] = compared
-        figures["free_spearman"] = mean(spearman(whole(sweeps["embedding"].attribute)))
-    return {f"{bench.name}_{slider}_{key}": figure for key, figure in figures.items()}, arms
+    return named(bench, slider, figures), arms
+
+
+def measure_prompts(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """One slider beside what prompts alone can do, and the training-free forms."""
+    sweeps = {name: bench.sweep(slider, name, getattr(bench, name)(slider), seeds, STRENGTHS) for name in PROMPT_ARMS}
+    rivals = [at_effect(slider, sweep) for sweep in sweeps.values()]
+    sweeps |= {form: bench.sweep(slider, form, bench.free(slider, form), seeds, STRENGTHS) for form in ("embedding", "guidance")}
+    figures = {"free_spearman": mean(spearman(whole(sweeps["embedding"].attribute)))}
+    if compared := best_rival(shipped_effect(bench, slider, seeds), rivals):
+        figures["interference_ratio"] = compared
+    return named(bench, slider, figures), [arm(bench.name, slider, name, sweep) for name, sweep in sweeps.items()]
+
+
+def measure_trained(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
+    """One slider beside other trainings of it, and for some the time that they take."""
+    of, mine, figures, arms = digest(bench.name, slider), shipped_effect(bench, slider, seeds), {}, []
+    made = {name: bench.kept(f"{slider} {name}", of, lambda way=way: way(bench.name, slider)) for name, way in _trainings.WAYS.items()}
+    if bench.released and slider in TIMED:
+        made["released trainer"] = bench.by_released_trainer(slider)
+    for name, (lora, seconds) in made.items():
+        sweep = bench.sweep(slider, name, bench.slider("", lora=lora), seeds, STRENGTHS, of)
+        arms.append({**arm(bench.name, slider, name, sweep), "seconds": round(seconds, 1)})
+        key = {"published loop": "published", "released trainer": "released"}.get(name)
+        if key and (compared := best_rival(mine, [at_effect(slider, sweep)])):
+            figures[f"interference_to_{key}"] = compared
+    if slider in TIMED:
+        found, told = training_time(bench, slider, seeds)
+        figures, arms = figures | found, arms + told
+    return named(bench, slider, figures), arms
+
+
+def shipped_effect(bench: Bench, slider: str, seeds: list[int]) -> dict[int, torch.Tensor]:
+    """Of the shipped slider, as `at_effect`."""
+    drawer = bench.slider(sliders.file_of(bench.name, slider))
+    return at_effect(slider, bench.sweep(slider, "ours", drawer, seeds, STRENGTHS, digest(bench.name, slider)))
+
+
+def named(bench: Bench, slider: str, figures: dict[str, Figure]) -> dict[str, Figure]:
+    return {f"{bench.name}_{slider}_{key}": figure for key, figure in figures.items()}
+
+
+def digest(model: str, *names: str) -> str:
+    """Of sliders' files, shipped ones."""
+    made = hashlib.blake2b(digest_size=8)
+    for name in names:
+        made.update(Path(resolve("loras", sliders.file_of(model, name))).read_bytes())
+    return made.hexdigest()
 
 
 def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
@@ -452,30 +486,32 @@ def training_time(bench: Bench, slider: str, seeds: list[int]) -> tuple[dict[str
         if not left:  # a rival that is never reached has no figure: not met
             break
     figures["train_seconds"] = took[name] / part
-    return {f"{bench.name}_{slider}_{key}": Figure(value, value, value, 1) for key, value in figures.items()}, told
+    return {key: Figure(value, value, value, 1) for key, value in figures.items()}, told
 
 
 def composed(bench: Bench, names: list[str], seeds: list[int]) -> tuple[dict[str, Figure], list[dict]]:
-    """What sliders keep of their solo effect when all are on, each at +1 or -1; and how many random ones the model bears."""
+    """What sliders keep of their effect where all the others are on, each at +1 or -1; and how many random ones the model bears."""
     signs = {name: 1.0 if at % 2 else -1.0 for at, name in enumerate(names)}
     texts = [prompt("size", seed).replace("grey background", "background") for seed in seeds]
     texts = [re.sub(r"on a .* background", "on a grey background", re.sub("|".join(COLOURS), "cyan", text)) for text in texts]
 
-    def read(model, name):
+    def drawn(chosen: list[str]) -> tuple[torch.Tensor, list]:
+        model = bench.lab.model
+        for name in chosen:
+            model = Slider.execute(model, sliders.file_of(bench.name, name), signs[name], 0.0, 1.0).result[0]
         pictures = bench.drawn(texts, seeds, model)
-        return torch.tensor([attribute(name, *pair) for pair in zip(pictures, bench.eye.read(pictures), strict=True)])
+        return pictures, bench.eye.read(pictures)
 
-    def put(model, name):
-        return Slider.execute(model, sliders.file_of(bench.name, name), signs[name], 0.0, 1.0).result[0]
+    def effect(name: str, with_it: tuple, without: tuple) -> torch.Tensor:
+        """(seeds,) how far it moves its attribute, its own way; the scene is the one without it."""
+        before, after = ([attribute(name, *one) for one in zip(*pair, without[1], strict=True)] for pair in (without, with_it))
+        return signs[name] * (torch.tensor(after) - torch.tensor(before))
 
-    everything = bench.lab.model
+    plain, everything, kept = drawn([]), drawn(names), {}
     for name in names:
-        everything = put(everything, name)
-    kept = {}
-    for name in names:
-        plain, solo, both = (read(model, name) for model in (bench.lab.model, put(bench.lab.model, name), everything))
-        seen = ~(plain.isnan() | solo.isnan() | both.isnan())
-        kept[name] = ratio(signs[name] * (both - plain)[seen], signs[name] * (solo - plain)[seen])
+        alone, beside = effect(name, drawn([name]), plain), effect(name, everything, drawn([one for one in names if one != name]))
+        seen = ~(alone.isnan() | beside.isnan())
+        kept[name] = ratio(beside[seen], alone[seen])
     figures = {"compose5": min(kept.values(), key=lambda figure: figure.value)}
     state = adapters.read(resolve("loras", sliders.file_of(bench.name, names[0])))
     for count in (10, 20, 50):
@@ -533,32 +569,70 @@ def moving(bench: Bench, name: str) -> tuple[dict[str, Figure], list[dict]]:
     return {f"{bench.name}_repatch_count": counts, f"{bench.name}_set_up_seconds": seconds}, told
 
 
-def _measure(sample: bool, released: Path | None = None, alone: bool = False):
+class Part(NamedTuple):
+    """What can be measured by itself: of a model and one slider, or of all sliders together."""
+
+    model: str
+    slider: str
+    kind: str
+
+    @property
+    def label(self) -> str:
+        return "-".join(word for word in self if word)
+
+    @property
+    def sliders(self) -> list[str]:
+        return [self.slider] if self.slider else sliders.shipped(self.model)
+
+    def measure(self, bench: Bench, seeds: list[int], sample: bool) -> tuple[dict[str, Figure], list[dict]]:
+        few, names = seeds[:ARM_SEEDS], self.sliders
+        if self.kind == "moving":
+            figures, told = moving(bench, names[0])
+            return {key: figure for key, figure in figures.items() if not (sample and key.endswith("_seconds"))}, told  # another machine's
+        if self.kind:
+            return {PROMPTS: measure_prompts, TRAINING: measure_trained, TOGETHER: composed}[self.kind](bench, self.slider or names, few)
+        return measure_slider(bench, self.slider, seeds, full=not sample)
+
+
+PROMPTS, TRAINING, TOGETHER, MOVING = "prompts", "trained", "together", "moving"
+# What is of a slider alone comes first.
+PARTS = {
+    part.label: part
+    for part in (
+        *(Part(model, name, "") for model in lab.MODELS for name in sliders.shipped(model)),
+        *(Part(model, "", MOVING) for model in lab.MODELS if sliders.shipped(model)),
+        *(Part(model, "", TOGETHER) for model in lab.MODELS if len(sliders.shipped(model)) > 1),
+        *(Part(model, name, PROMPTS) for model in lab.MODELS for name in sliders.shipped(model)),
+        *(Part("unet", name, TRAINING) for name in sliders.shipped("unet") if "target" in sliders.settings(sliders.workflow("unet", name))),
+    )
+}
+OURS = [label for label, part in PARTS.items() if part.kind in ("", MOVING, TOGETHER)]
+
+
+def about(label: str) -> dict:
+    """What a part's results are of: of which slider files, or what costs hang on, of how many numbers in which layers."""
+    if label not in PARTS:
+        return {"of": None}
+    part = PARTS[label]
+    if part.kind != MOVING:
+        return {"of": digest(part.model, *part.sliders)}
+    layers = adapters.read(resolve("loras", sliders.file_of(part.model, part.sliders[0])))
+    told = json.dumps([(key, list(tensor.shape)) for key, tensor in sorted(layers.items())])
+    return {"of": hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}
+
+
+def _measure(sample: bool, labels: Sequence[str], released: Path | None = None) -> tuple[dict[str, Figure], list[dict]]:
     seeds = list(range(FIRST_SEED, FIRST_SEED + SEEDS))
-    figures: dict[str, Figure] = {}
-    arms: list[dict] = []
-    chosen = [(model, name) for model in lab.MODELS for name in sliders.shipped(model)]
-    if sample:
-        chosen = random.SystemRandom().sample(chosen, 2)
-        seeds = sorted(random.SystemRandom().sample(seeds, SAMPLE))
+    if sample:  # of two sliders, and what costs no more than seconds
+        chosen = random.SystemRandom()
+        own = [label for label in labels if not PARTS[label].kind]
+        labels = [*chosen.sample(own, min(2, len(own))), *(label for label in labels if PARTS[label].kind == MOVING)]
+        seeds = sorted(chosen.sample(seeds, SAMPLE))
+    figures, arms = {}, []
     with torch.inference_mode():
-        for model in dict.fromkeys(model for model, _ in chosen):
-            bench, names = Bench(model, released), [name for of, name in chosen if of == model]
-            for name in names:
-                found, courses = measure_slider(bench, name, seeds, full=not sample, alone=alone)
-                figures |= found
-                arms += courses
-                if not (sample or alone) and model == "unet" and name in TIMED:
-                    found, told = training_time(bench, name, seeds[:ARM_SEEDS])
-                    figures |= found
-                    arms += told
-            found, told = moving(bench, names[0])
-            figures |= {key: figure for key, figure in found.items() if not (sample and key.endswith("_seconds"))}  # another machine's
-            arms += told
-            if not sample and len(names) > 1:
-                found, told = composed(bench, names, seeds[:ARM_SEEDS])
-                figures |= found
-                arms += told
+        for part in map(PARTS.get, labels):
+            found, told = part.measure(Bench(part.model, released), seeds, sample)
+            figures, arms = figures | found, arms + told
     return figures, arms
 
 
@@ -581,4 +655,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--ours", action="store_true")
     own, argv = parser.parse_known_args(argv)
     lab.show_files()
-    return _report.run("sliders", argv, lambda sample: _measure(sample, own.released, own.ours), claims(own.released is not None))
+    if own.ours:
+        argv = [*argv, "--again", *OURS]
+    measure = partial(_measure, released=own.released)
+    return _report.run_parts("sliders", argv, list(PARTS), measure, claims(own.released is not None), about=about)

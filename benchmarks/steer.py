@@ -51,7 +51,6 @@ from ..host.poles import POOLED
 from ..host.sae_finding import io_of, site_of
 from ..host.sae_sources import model_rows, text_rows
 from ..host.text_steering import BUT_FIRST
-from ..lab.attributes import SURE
 from ..lab.captions import IMAGE_TRAINING, Writer, write_captions
 from ..lab.concepts import CONCEPTS, amount, asked, holds, open_captions, prompts
 from ..lab.eye import Eye, Reading
@@ -75,6 +74,7 @@ LEVELS = 4  # of noise, at which autoencoders are measured
 FIND_SEED = 300  # captions that SAeUron's statistics are of
 OUT = 1.5  # strength of ablate: 1 takes out, 2 turns around
 DOSES = tuple(step / 8 for step in range(9))  # of the full strength
+SURE = 6.0  # log-odds past which a word is as sure as drawn scenes make it: 400 to 1
 FULL, TRIED = 0.8 * SURE, tuple(step / 8 for step in range(1, 17))  # log-odds on average, of other texts, that a full strength brings
 N, FEW, SAMPLE = 24, 6, 4  # texts a concept: of what is claimed, of other arms, of a check
 GATED, DOSED, TRIALS = 50, 20, 12  # texts a concept: at the gate; of ours in doses; that its full strength is found on

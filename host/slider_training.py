@@ -10,6 +10,15 @@ For an entry (target, neutral, more, less) and a strength s on the adapters,
     erase       (ESD, Gandikota et al., arXiv 2303.07345) neutral = less = the empty prompt, more = target, eta negative
     ablate      (Kumari et al., arXiv 2303.13516) neutral = the anchor, eta = 0
 
+    range       s of its own for every way, anywhere from -2 to 2; the goal is the pole itself, and it is what guidance g = 3 draws that
+                is led there, not the prompt's half of it alone. With G_s(c) = e_s(x_t, "") + g (e_s(x_t, c) - e_s(x_t, "")),
+                MSE( G_s(target), stopgrad[ G_0(neutral) + |s| eta (G_0(pole) - G_0(neutral)) ] ), pole = more if s > 0 else less
+
+A difference of prompts that is added whole leads past them, and strengths that were not trained lead on as they may: at 2 the pictures are
+often none that the model would draw. With `range` and eta 1/2, strengths 2 and -2 are where the prompts `more` and `less` lead. And layers
+that read no words can hardly tell a prompt from none: what a slider does to both alike, guidance does not multiply, so that a goal for the
+prompt alone is missed by a factor of g. A goal for what is drawn is not.
+
 x_t lies on the slider's own way through sampling at guidance 3. The released trainer draws a new way from noise for every step of the
 optimiser, and throws all of it but its last point away. Here a batch of ways is walked on by one step of sampling for each step of the
 optimiser, and every point of them is trained at: the same points, for about a third of the model's evaluations.
@@ -44,6 +53,7 @@ from .sheet import lay_out
 from .training import Memory, Objective, Trainee
 
 GUIDANCE = 3.0
+END = 2.0  # strengths up to which `range` trains, both ways
 PATH = 20  # steps of sampling in a way
 PREVIEW_PATH = 8
 PREVIEW_SIDE = 192  # of each picture, in pixels
@@ -167,6 +177,55 @@ class TextObjective(Objective):
         x = self.ways.x
         given = condition(self.trainee, [self.empty] * len(x), x)
         return self.trainee.memory(x, self.ways.sigma, given, len(self.parts), len(self.strengths))
+
+
+class RangeObjective(TextObjective):
+    """From prompts, every strength from -END to END: each way has one of its own, and its sign turns when the way begins anew."""
+
+    def __init__(self, trainee: Trainee, entries: Sequence[Entry], empty: Text, ways: Ways, *, eta: float):
+        super().__init__(trainee, entries, empty, ways, eta=eta)
+        signs = torch.tensor([1.0, -1.0]).repeat(len(ways.x))[: len(ways.x)]
+        self.strength = signs * END * torch.rand(len(ways.x), generator=torch.Generator().manual_seed(ways.seed))
+
+    def losses(self, step: int) -> list[Callable[[], torch.Tensor]]:
+        """One, of all ways with their prompts and without."""
+        ways, trainee, s = self.ways, self.trainee, self.strength.to(self.ways.x.device)
+        x, sigma = ways.x, ways.sigma
+        chosen, empty = [self.entries[index] for index in ways.entry.tolist()], [self.empty] * len(ways.x)
+        poles = [entry.more if up else entry.less for entry, up in zip(chosen, (s > 0).tolist(), strict=True)]
+        with torch.no_grad():
+            texts, like = [*(entry.neutral for entry in chosen), *poles, *empty], x.repeat(3, 1, 1, 1)
+            neutral, pole, still = trainee.predict(like, sigma.repeat(3), condition(trainee, texts, like), 0.0).chunk(3)
+            goal = still + GUIDANCE * (neutral + self.eta * s.abs()[:, None, None, None] * (pole - neutral) - still)
+
+        def loss() -> torch.Tensor:
+            both = x.repeat(2, 1, 1, 1)
+            given = condition(trainee, [*(entry.target for entry in chosen), *empty], both)
+            told, plain = trainee.predict(both, sigma.repeat(2), given, s.repeat(2)).chunk(2)
+            drawn = plain + GUIDANCE * (told - plain)
+            self._next = drawn.detach(), step
+            return F.mse_loss(drawn, goal)
+
+        return [loss]
+
+    def done(self, step: int) -> None:
+        """Walk on; a way that begins anew has another strength."""
+        super().done(step)
+        generator = torch.Generator().manual_seed(((self.ways.seed + 1) * 1_000_003 + step) % 2**63)
+        new = END * torch.rand(len(self.strength), generator=generator)
+        self.strength = torch.where(self.ways.at == 0, torch.where(self.strength > 0, -new, new), self.strength)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return super().state() | {"strength": self.strength}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        super().restore(state)
+        self.strength = state["strength"]
+
+    def memory(self) -> Memory:
+        x = self.ways.x.repeat(2, 1, 1, 1)
+        given = condition(self.trainee, [self.empty] * len(x), x)
+        return self.trainee.memory(x, self.ways.sigma.repeat(2), given, 2, 1)
 
 
 class ImageObjective(Objective):

@@ -67,9 +67,11 @@ class Adapter(nn.Module):
         self.how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation} if convolution else None
         self.plain = layer.forward
 
-    def forward(self, x, *args, strength: float = 0.0, **kwargs):
+    def forward(self, x, *args, strength: float | torch.Tensor = 0.0, **kwargs):
         y = self.plain(x, *args, **kwargs)
-        if not strength:
+        if isinstance(strength, torch.Tensor):  # one for each of the batch
+            strength = strength.to(y).view(-1, *[1] * (y.ndim - 1))
+        elif not strength:
             return y
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         channels = -1 if self.how is None else 1
@@ -124,7 +126,8 @@ class Trainee:
         self.patcher = _trainable(patcher)
         self.layers = self.family.slider_layers if layers is None else layers
         self.rank, self.alpha, self.seed, self.square = rank, alpha, seed, square
-        self.strength, self.thrifty = 0.0, False
+        self.strength: float | torch.Tensor = 0.0
+        self.thrifty = False
         self.adapters: dict[str, Adapter] = {}
 
     def __enter__(self) -> Trainee:
@@ -185,7 +188,7 @@ class Trainee:
         return forward
 
     @contextlib.contextmanager
-    def _at(self, strength: float) -> Iterator[None]:
+    def _at(self, strength: float | torch.Tensor) -> Iterator[None]:
         before, self.strength = self.strength, strength
         try:
             yield
@@ -259,9 +262,9 @@ class Trainee:
         conds = self.model.extra_conds(**given)
         return {name: cond.process_cond(batch_size=len(like), device=self.device, area=None).cond for name, cond in conds.items()}
 
-    def predict(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], strength: float) -> torch.Tensor:
+    def predict(self, x: torch.Tensor, sigma: torch.Tensor, condition: Mapping[str, Any], strength: float | torch.Tensor) -> torch.Tensor:
         """What the model predicts at x (batch, channels, height, width) with noise `sigma` (batch,): the noise, for a flow the velocity,
-        both as (x - x0) / sigma.
+        both as (x - x0) / sigma. strength: of the adapters, one for all or (batch,).
         """
         with self._at(strength):
             clean = self.model.apply_model(x, sigma, **condition, transformer_options={})

@@ -1,4 +1,11 @@
-"""What the lab's sliders move, as numbers that can be read off any picture, and what must not move with it."""
+"""What the lab's sliders move, as numbers that can be read off any picture, and what must not move with it.
+
+Size, hue and background are lengths, degrees and lightness, and the eye reads them as such. Of a fill and a style it reads words, whose
+odds say nothing between surely one and surely the other: nine strengths of which six read alike would be ranked by noise, while the
+pictures turn step by step. These two are told by the share of the drawn difference, <x - a, b - a> / |b - a|^2 of a picture x, a and b its
+scene drawn at the one pole and at the other: 0 as drawn at the one, 1 as at the other, and exact in between. The scene is what the eye
+reads in the picture without the slider, one for all strengths, so that a reading that wavers moves no number.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .eye import Reading
-from .scenes import BACKGROUND_RANGES, COLOUR_RGB, COLOURS, FILLS, MAX_DIAMETER, MIN_DIAMETER, STYLES
+from .eye import Reading, as_scenes
+from .scenes import BACKGROUND_RANGES, COLOUR_RGB, COLOURS, FILLS, MAX_DIAMETER, MIN_DIAMETER, STYLES, render
 
-SURE = 6.0  # log-odds past which a word is as sure as drawn scenes make it: 400 to 1
+LEAST = 1.0  # of |b - a|^2, in pixels of full contrast: below it the poles look alike, as with a thin shape that is all outline
 CHROMA = 0.2  # of a pixel, from which on it has a colour
 NAN = math.nan
 
@@ -26,39 +33,51 @@ HUES = {name: hue_of(rgb) for name, rgb in zip(COLOURS, COLOUR_RGB, strict=True)
 RANGES = {
     "size": MAX_DIAMETER - MIN_DIAMETER,
     "hue": HUES["blue"] - HUES["green"],
-    "fill": 2 * SURE,
+    "fill": 1.0,
     "background": BACKGROUND_RANGES[-1][1] - BACKGROUND_RANGES[0][0],
-    "neon": 8.0,  # as the eye reads drawn scenes
+    "neon": 1.0,
 }
+# Of those that are told by the drawn difference, the poles.
+POLES = {"fill": (FILLS.index("outline"), FILLS.index("solid")), "neon": (STYLES.index("vintage"), STYLES.index("neon"))}
 MEASURES = {
     "size": "diameter in pixels",
     "hue": "hue in degrees, 127 green to 232 blue",
-    "fill": "solid 6 to outlined -6, log-odds",
+    "fill": "fill, 0 outlined to 1 solid",
     "background": "background lightness, 0 to 1",
-    "neon": "neon 4 to vintage -4, log-odds",
+    "neon": "style, 0 vintage to 1 neon",
 }
 
 
-def attribute(slider: str, picture: torch.Tensor, reading: Reading) -> float:
-    """The attribute that a slider moves, in a picture (H, W, 3) and the eye's reading of it; NaN where there is no object to read."""
+def attribute(slider: str, picture: torch.Tensor, reading: Reading, plain: Reading | None = None) -> float:
+    """The attribute that a slider moves, in a picture (H, W, 3) and the eye's reading of it; NaN where there is nothing to read. plain:
+    what the eye reads in the picture without the slider, if that is another one; `fill` and `neon` are told by its scene.
+    """
     if slider == "background":
         return reading.background
-    if slider == "neon":
-        return _odds(reading.styles, STYLES, "neon", "vintage")
+    if slider in POLES:
+        return _share(slider, picture, plain or reading)
     if not reading.objects:
         return NAN
     seen = reading.objects[0]
-    if slider == "size":
-        return seen.diameter
-    if slider == "fill":
-        return _odds(seen.odds["fill"], FILLS, "solid", "outline")
-    return _hue(picture, seen)
+    return seen.diameter if slider == "size" else _hue(picture, seen)
 
 
-def _odds(shares: torch.Tensor, words: Sequence[str], more: str, less: str) -> float:
-    """Log-odds of one word over another."""
-    shares = shares.double().clamp(min=1e-9).log()
-    return float((shares[words.index(more)] - shares[words.index(less)]).clamp(-SURE, SURE))
+def _share(slider: str, picture: torch.Tensor, plain: Reading) -> float:
+    """Of the way from one pole's drawing of a scene to the other's."""
+    if not plain.objects:
+        return NAN
+    scene = as_scenes([plain], *picture.shape[:2])
+    ends = []
+    for value in POLES[slider]:
+        drawn = scene[torch.arange(1)]
+        if slider == "neon":
+            drawn.style[:] = value
+        else:
+            drawn.fill[:] = value
+        ends.append(render(drawn)[0].movedim(0, -1).double())
+    way = ends[1] - ends[0]
+    length = float(way.square().sum())
+    return float(((picture.double() - ends[0]) * way).sum()) / length if length >= LEAST else NAN
 
 
 def _hue(picture: torch.Tensor, seen) -> float:

@@ -7,6 +7,7 @@ noisy or blank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .scenes import BACKGROUND_RANGES, BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, MAX_DIAMETER, SIZE_RANGES, STYLES
+from .scenes import BACKGROUND_RANGES, BACKGROUNDS, CELLS, COLOURS, FILLS, KINDS, MAX_DIAMETER, MAX_OBJECTS, SIZE_RANGES, STYLES, Scenes
 
 CELL = 4  # pixels per cell of the grid
 HEADS = {"heat": 1, "kind": len(KINDS), "colour": len(COLOURS), "fill": len(FILLS), "diameter": 1, "offset": 2}
@@ -51,6 +52,27 @@ class Reading:
 
     def background_word(self) -> str:
         return BACKGROUNDS[min(range(len(BACKGROUNDS)), key=lambda i: abs(sum(BACKGROUND_RANGES[i]) / 2 - self.background))]
+
+
+def as_scenes(readings: Sequence[Reading], height: int, width: int) -> Scenes:
+    """What the eye read in pictures of such a size as scenes that can be drawn, the surest object of each; every one needs an object."""
+    n, seen = len(readings), [one.objects[0] for one in readings]
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        slots = torch.zeros(n, MAX_OBJECTS, dtype=dtype)
+        slots[:, 0] = torch.tensor(values)
+        return slots
+
+    words = ((KINDS, [one.kind for one in seen]), (COLOURS, [one.colour for one in seen]), (FILLS, [one.fill for one in seen]))
+    return Scenes(
+        height,
+        width,
+        torch.ones(n, dtype=torch.long),
+        *(column([known.index(word) for word in said], torch.long) for known, said in words),
+        *(column([getattr(one, name) for one in seen]) for name in ("diameter", "x", "y")),
+        torch.tensor([one.background for one in readings]),
+        torch.tensor([STYLES.index(one.style) for one in readings]),
+    )
 
 
 def cell_of(x: float, y: float) -> tuple[str, str]:

@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from ..host.adapters import Told
-from ..host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
+from ..host.slider_training import Entry, ImageObjective, Preview, RangeObjective, Text, TextObjective, Ways, decoder
 from ..host.training import Loop, Objective, Trainee, TrainingError, identity_of, published_names
 from ._shared import LORA_MODEL
 
 log = logging.getLogger("concept_nodes")
 DIFFERENCE = "difference"
-PUBLISHED, BOTH, ERASE, ABLATE = "published", "both poles", "erase", "ablate"
-STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), ERASE: (1.0,), ABLATE: (1.0,)}
+PUBLISHED, BOTH, WHOLE, ERASE, ABLATE = "published", "both poles", "range", "erase", "ablate"
+STRENGTHS = {PUBLISHED: (1.0,), BOTH: (1.0, -1.0), WHOLE: (), ERASE: (1.0,), ABLATE: (1.0,)}  # WHOLE draws its own
 SUBFOLDER = "concept_nodes"
 HOLE = "{}"
 RANGE = [-2, 2]  # of strengths that are worth a slider's while
@@ -115,7 +115,8 @@ class SliderTrainText(io.ComfyNode):
                     default=PUBLISHED,
                     tooltip=(
                         "'published': strength 1 is trained, the other way follows. 'both poles': 1 and -1 are trained, for a fifth more "
-                        "time. 'erase' (ESD): strength 1 keeps the target out; more and less are not read. 'ablate': strength 1 makes the "
+                        "time. 'range': all from -2 to 2 are, and at eta 0.5 the two ends draw what `more` and `less` ask for. "
+                        "'erase' (ESD): strength 1 keeps the target out; more and less are not read. 'ablate': strength 1 makes the "
                         "target `more`; less is not read."
                     ),
                 ),
@@ -150,6 +151,8 @@ class SliderTrainText(io.ComfyNode):
 
         def begin(trainee: Trainee) -> Objective:
             ways = Ways(trainee, len(entries), batch, size, seed)
+            if objective == WHOLE:
+                return RangeObjective(trainee, entries, empty, ways, eta=way)
             return TextObjective(trainee, entries, empty, ways, eta=way, strengths=STRENGTHS[objective])
 
         return trained(
@@ -308,7 +311,7 @@ def prompts(settings: dict) -> list[tuple[str, str, str, str]]:
                 raise TrainingError(
                     f"{key} is empty, so there is nothing to train. Write a prompt there, or lines in preserve where it is braces alone."
                 )
-        if kind in (PUBLISHED, BOTH) and more == less:
+        if kind in (PUBLISHED, BOTH, WHOLE) and more == less:
             raise TrainingError(
                 f"more and less are the same ('{more}'), so there is no way between them. Write what less of the concept is."
             )

@@ -19,7 +19,7 @@ from .server import PACK, Server, is_free
 TIERS = ("ops", "host", "server", "browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NO_TESTS = 5  # pytest's exit status where nothing was collected
-IN_PARTS = ("binding", "filter", "lab", "localize", "maps", "regional", "residual", "steer")  # benchmarks with --again
+IN_PARTS = ("binding", "filter", "lab", "localize", "maps", "regional", "residual", "sliders", "steer")  # benchmarks with --again
 MOST_WORKERS = 4  # test processes; each of them may hold a host of 2 GB
 
 

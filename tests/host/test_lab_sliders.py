@@ -10,7 +10,7 @@ from concept_nodes.benchmarks import _released, _trainings
 from concept_nodes.benchmarks import sliders as bench
 from concept_nodes.host import lab
 from concept_nodes.lab import pairs, sliders
-from concept_nodes.lab.attributes import HUES, RANGES, attribute, others, shift
+from concept_nodes.lab.attributes import HUES, POLES, RANGES, attribute, others, shift
 from concept_nodes.lab.captions import COLOUR_WORDS, SIZE_WORDS
 from concept_nodes.lab.eye import Eye
 from concept_nodes.lab.scenes import render, sample_scenes
@@ -32,7 +32,7 @@ def readings(eye, change, after):
 
 
 class TestAttributes:
-    @pytest.mark.parametrize("slider", sliders.NAMES)
+    @pytest.mark.parametrize("slider", [name for name in sliders.NAMES if name not in POLES])
     def test_drawn_pairs_span_the_range(self, eye, slider):
         before, after = (readings(eye, _trainings.PAIRS[slider], side) for side in (False, True))
         spans = [(attribute(slider, *more) - attribute(slider, *less)) / RANGES[slider] for less, more in zip(before, after, strict=True)]
@@ -47,6 +47,27 @@ class TestAttributes:
         told = [others(other, less, more) for (_, less), (_, more) in zip(before, after, strict=True)]
         assert sum(own) / 8 < 0.05
         assert sum(told) / 8 > 0.12
+
+    @pytest.mark.parametrize(("slider", "change"), [("fill", "outline to solid"), ("neon", "vintage to neon")])
+    def test_what_turns_by_shares_is_read_by_shares(self, eye, slider, change):
+        """Where the eye has long been sure as well, in large shapes; whichever of the drawings the scene is read in."""
+        scenes = sample_scenes(8, plain=True, generator=torch.Generator().manual_seed(2))
+        scenes.diameter[:], scenes.x, scenes.y = 27.0, scenes.x.clamp(18, 46), scenes.y.clamp(18, 46)
+        drawn = [render(pairs.changed(scenes, change, side)).movedim(1, -1) for side in (False, True)]
+        for read in map(eye.read, drawn):
+            spans = []
+            for less, more, plain in zip(*drawn, read, strict=True):
+                told = [attribute(slider, less + part * (more - less), plain, plain) for part in (0.0, 0.05, 0.5, 0.95, 1.0)]
+                assert told == sorted(told)
+                assert told[2] - told[0] == pytest.approx((told[4] - told[0]) / 2, abs=1e-5)
+                spans.append(told[4] - told[0])
+            assert sum(spans) / 8 == pytest.approx(1, abs=0.15)
+
+    def test_a_shape_that_is_all_outline_has_no_fill(self, eye):
+        scenes = sample_scenes(4, plain=True, generator=torch.Generator().manual_seed(2))
+        scenes.kind[:], scenes.diameter[:], scenes.fill[:] = 4, 16.0, 0  # small crosses
+        pictures = render(scenes).movedim(1, -1)
+        assert all(math.isnan(attribute("fill", *pair)) for pair in zip(pictures, eye.read(pictures), strict=True))
 
     def test_nothing_changed_is_nothing(self, eye):
         for _, reading in readings(eye, "small to large", False):

@@ -14,7 +14,7 @@ from torch import nn
 
 import nodes
 from concept_nodes.host import adapters
-from concept_nodes.host.slider_training import Entry, Text, TextObjective
+from concept_nodes.host.slider_training import Entry, RangeObjective, Text, TextObjective
 from concept_nodes.host.training import Adapter, Loop, published_names
 from concept_nodes.nodes.sliders import SliderPrompts
 
@@ -103,6 +103,29 @@ def test_training_on_a_linear_denoiser_reaches_the_closed_form(eta, strengths):
         base, half, back = (trainee.predict(None, None, given, strength)[0, :, 0, 0] for strength in (0.0, 0.5, -2.0))
     torch.testing.assert_close(half - base, way / 2, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(back - base, -2 * way, rtol=1e-2, atol=1e-2)
+
+
+def test_a_range_trained_on_a_linear_denoiser_leads_to_the_poles_themselves():
+    """At eta 1/2 and strengths 2 and -2, what is drawn at guidance 3 from the target is what is drawn there from the pole; with the target
+    midway between them one slider can do both.
+    """
+    trainee = Linear(12, 2)
+    more, less, empty = (Text(models.seeded((1, 1, 12), seed), None) for seed in (4, 5, 6))
+    target = Text((more.context + less.context) / 2, None)
+    ways = Still(6)
+    ways.seed, ways.at = 3, torch.zeros(6, dtype=torch.long)
+    objective = RangeObjective(trainee, [Entry(target, target, more, less)], empty, ways, eta=0.5)
+    losses = Loop([trainee.adapter.down, trainee.adapter.up], steps=3000, rate=5e-3, identity="", file=None).run(objective).losses
+    assert losses[-1] < 1e-4 * losses[0]
+
+    def drawn(text, strength=0.0):
+        told, plain = (trainee.predict(None, None, trainee.condition(one.context, None, None), strength) for one in (text, empty))
+        return plain + 3 * (told - plain)
+
+    with torch.no_grad():
+        for strength, pole in ((2.0, more), (-2.0, less)):
+            torch.testing.assert_close(drawn(target, strength), drawn(pole), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(drawn(target, 1.0), (drawn(target) + drawn(more)) / 2, rtol=2e-2, atol=2e-2)
 
 
 class Gaussian(nn.Module):

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from concept_nodes.host import lab
-from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, Text, TextObjective, Ways, decoder
+from concept_nodes.host.slider_training import Entry, ImageObjective, Preview, RangeObjective, Text, TextObjective, Ways, decoder
 from concept_nodes.host.training import Loop, Memory, Trainee, TrainingError, _Counted, identity_of, published_names
 from concept_nodes.nodes import slider_training as node
 from concept_nodes.nodes.sliders import Slider
@@ -311,6 +311,41 @@ class TestLoop:
                 wanted = predicted(entry.neutral) + strength * 1.7 * (predicted(entry.more) - predicted(entry.less))
                 assert loss == pytest.approx(float((predicted(entry.target, strength) - wanted).square().mean()), rel=1e-4)
 
+    def test_range_trains_every_way_at_its_own_strength(self, model):
+        """Its formula, way by way; signs take turns, and a way keeps its strength until it begins anew."""
+        with trainee(model) as learner:
+            with torch.no_grad():
+                for parameter in learner.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+            entry, empty = Entry(*(text(model, seed) for seed in (1, 2, 3, 4))), text(model, 99)
+            ways = Ways(learner, 1, 4, (8, 8), 5)
+            objective = RangeObjective(learner, [entry], empty, ways, eta=0.7)
+            strengths = objective.strength.tolist()
+            assert [s > 0 for s in strengths] == [True, False, True, False]
+            assert all(0 < abs(s) < 2 for s in strengths)
+            loss, wanted = float(objective.losses(0)[0]().detach()), 0.0
+            with torch.no_grad():
+                for way, s in enumerate(strengths):
+
+                    def predicted(part, s=0.0, way=way):
+                        condition = learner.condition(part.context, None, ways.x[way : way + 1])
+                        return learner.predict(ways.x[way : way + 1], ways.sigma[way : way + 1], condition, s)
+
+                    def guided(part, s=0.0, predicted=predicted):
+                        return predicted(empty, s) + 3 * (predicted(part, s) - predicted(empty, s))
+
+                    neutral, pole = guided(entry.neutral), guided(entry.more if s > 0 else entry.less)
+                    goal = neutral + abs(s) * 0.7 * (pole - neutral)
+                    wanted += float((guided(entry.target, s) - goal).square().mean() / 4)
+            assert loss == pytest.approx(wanted, rel=1e-3)
+            for step in range(20):
+                before, at = objective.strength.clone(), ways.at.clone()
+                objective.losses(step)[0]()
+                objective.done(step)
+                new = ways.at <= at
+                assert torch.equal(objective.strength[~new], before[~new])
+                assert (objective.strength[new].sign() == -before[new].sign()).all()
+
     def test_divergence_goes_back(self, model):
         with trainee(model) as learner:
             objective, loop = begun(learner, model, steps=200, rate=1e-3)
@@ -555,7 +590,7 @@ class TestNode:
         with pytest.raises(TrainingError, match="The vae's latents have 16 channels and the model's 4"):
             self.execute(vae=vae)
 
-    @pytest.mark.parametrize("objective", ["both poles", "erase", "ablate"])
+    @pytest.mark.parametrize("objective", ["both poles", "range", "erase", "ablate"])
     def test_objectives(self, places, objective):
         """The largest seed among them."""
         assert len(self.execute(objective=objective, seed=2**63 - 1)[1].result[1]["loss"]) == 3

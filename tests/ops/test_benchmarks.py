@@ -85,6 +85,32 @@ class TestResults:
         assert run("made_up", ["--check"], measure) == 0
         assert asked == [False, True]
 
+    def test_parts_of_files_that_have_changed_since_are_dropped(self, results):
+        """Figures and rows; what is measured anew of the changed file stays, and so does what is of others."""
+        files = {"size": "a", "hue": "b"}
+
+        def measure(sample, parts):
+            return {f"{part}_span": mean([0.4, 0.5, 0.6]) for part in parts}, [{"arm": part} for part in parts]
+
+        def again(*parts):
+            _report.run_parts("made_up", ["--again", *parts], list(files), measure, {}, about=lambda part: {"of": files[part]})
+            return _report.committed("made_up")
+
+        assert list(again("size", "hue")["figures"]) == ["size_span", "hue_span"]
+        files["hue"] = "c"
+        result = again("size")
+        assert (list(result["figures"]), list(result["parts"])) == (["size_span"], ["size"])
+        assert [row["arm"] for row in result["arms"]] == ["size"]
+        assert list(again("hue")["figures"]) == ["size_span", "hue_span"]
+        files["size"], asked = "d", []
+
+        def noted(sample, parts):
+            asked.append(parts)
+            return measure(sample, parts)
+
+        _report.run_parts("made_up", ["--check"], list(files), noted, {}, about=lambda part: {"of": files[part]})
+        assert asked == [["hue"]]
+
     def test_check_fails_when_the_measure_moves(self, results):
         assert run("made_up", [], lambda sample: ({"span": mean([0.4, 0.5, 0.6])}, [])) == 0
         assert run("made_up", ["--check"], lambda sample: ({"span": mean([0.1, 0.2, 0.3])}, [])) == 1

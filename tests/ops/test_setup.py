@@ -337,8 +337,9 @@ def test_it_works_from_any_folder_and_in_a_path_with_spaces(tmp_path, arguments,
         (["regional", "--released", "x"], "bench regional has no --released; bench sliders has."),
         (["lab", "--ours"], "bench lab has no --ours; bench filter and bench sliders have."),
         (
-            ["sliders", "--again", "ours"],
-            "bench sliders has no --again; there are parts in: binding, filter, lab, localize, maps, regional, residual, steer.",
+            ["reattention", "--again", "ours"],
+            "bench reattention has no --again; there are parts in: binding, filter, lab, localize, maps, regional, residual, sliders, "
+            "steer.",
         ),
         (["regional", "--size", "flux"], "--size flux times a model of the published size, which needs a GPU: add --device cuda."),
     ],
