@@ -16,7 +16,7 @@ While gradients are recorded, the layers stay until the next call or the end of 
 Why forward exists only during the call: other code may replace, restore or re-inject forwards between calls (the host ejects and injects at
 every load), two patchers may share one model in one sampling (DualModelGuider), and an error at any point must leave plain modules.
 Why forward and no forward hook: torch.compile ignores hooks that are added after it compiled. It guards on the function behind a bound
-method, not on the object it is bound to, so that new `Layer`s each call compile once; strengths reach it as tensors.
+method, not on the object it is bound to, so that the `Layer`s of every run compile once; strengths reach it as tensors.
 """
 
 from __future__ import annotations

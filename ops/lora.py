@@ -197,9 +197,9 @@ class _Apart:
         self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
         if len(flat) == len(self._of) and len({(factors.rank, factors.rows) for _, factors in flat}) == 1:  # nothing to fill up
             self._gains = [[(owner, factors.scale, factors.rank)] for owner, factors in flat]
-            ups, downs = ([getattr(factors, name).flatten(1).t() for _, factors in flat] for name in ("up", "down"))
-            self.ups = [(flat[0][1].rows, 0, torch.stack(ups).to(device, dtype))]
-            self.down = torch.stack(downs).to(device, dtype)
+            self.ups = [(flat[0][1].rows, 0, torch.stack([factors.up.t() for _, factors in flat]).to(device, dtype))]
+            downs = [factors.down if factors.down.ndim == 2 else factors.down.flatten(1) for _, factors in flat]
+            self.down = torch.stack([down.t() for down in downs]).to(device, dtype)
             return
         downs: list[list[Tensor]] = [[] for _ in self._of]
         # Of each place: owner, scale and rank, one after another. What fills up, which is zeros, goes by the place's first.
