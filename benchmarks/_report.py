@@ -218,11 +218,13 @@ def merge(
     the others stay.
     """
     others, rows = others or committed(name), [{"part": part} | row for row in rows]
+    # What it has no figure of any more, where it said which it had, is not kept.
+    stale = set(others.get("parts", {}).get(part, {}).get("figures", ())) - figures.keys()
     if place_of is None:
         rows = [row for row in others["arms"] if part_of(row) != part] + rows
     else:
         rows = list({place_of(row): row for row in (*others["arms"], *rows)}.values())
-    figures = {key: Figure(**figure) for key, figure in others["figures"].items()} | figures | joint(rows)
+    figures = {key: Figure(**figure) for key, figure in others["figures"].items() if key not in stale} | figures | joint(rows)
     parts = others["parts"] | {part: run}
     write(name, sum(one["seconds"] for one in parts.values()), figures, rows, {"commit": run["commit"], "parts": parts})
     return figures

@@ -84,7 +84,7 @@ def draw_latents(
     guided: float = 1.0,
 ) -> torch.Tensor:
     """Latents (N, 4, h, w) for captions through the host's sampler, h and w as the model's autoencoder has them: picture i starts from
-    noise of seeds[i], or seed + i; what a sampler adds on its way comes from seed, and changes with `batch`. guided: the share of the
+    noise of seeds[i], or seed + i; what a sampler adds on its way comes from seed and a batch's place. guided: the share of the
     schedule, from its noisy end, that cfg is for; after it CFG is 1.
     """
     import comfy.sample
@@ -109,7 +109,7 @@ def draw_latents(
         noise = noise_of_all[at : at + batch]
         nothing = torch.zeros_like(noise)
         latents.append(
-            comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, nothing, disable_pbar=True, seed=seed)
+            comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, nothing, disable_pbar=True, seed=seed + at)
         )
     return torch.cat(latents)
 

@@ -14,7 +14,7 @@ from .scenes import render, sample_scenes
 from .train_denoiser import encode_scenes, load_vae, sd_alphas, walk
 from .train_text import load_encoder, states
 
-# (height, width): ({objects: weight}, pictures per 1,000)
+# (height, width): ({objects: weight}, pictures for every 1,000 of `size`)
 SHARES = {(64, 64): ({1: 0.6, 2: 0.4}, 200), (128, 128): ({1: 0.6, 2: 0.2, 3: 0.1, 6: 0.1}, 400), (64, 96): ({1: 0.4, 2: 0.4, 3: 0.2}, 80)}
 STARTS = (0.15, 0.55)  # shares of the schedule: the noise of sigma .3 to 2, where places and shapes stay and small faults come in
 STEPS, GUIDANCE, BATCH = 6, 3.0, 32
