@@ -10,7 +10,7 @@ says whether the exact set of shapes is there in their colours (`bind`). The gro
     excite      Attend-and-Excite, with gradients (UNet)
     free        Bind Words as it comes: groups compete, less and less, in the first half of sampling
 
-20 steps, as `bench lab` measures how well these models draw. In parts, of each MODEL: two and single at 64 pixels, large at 128
+20 steps, as many as `bench lab` has. In parts, of each MODEL: two and single at 64 pixels, large at 128
 (`binding128`; the UNet there with three things, too),
 
     MODEL_binding_ARM          share of pictures that are bound
