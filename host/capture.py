@@ -481,8 +481,12 @@ class CaptureEffect(Effect):
             tap.clear()
             if self.open:
                 tap.rows, tap.batch, tap.tokens = self.open[-1][:3]
-                # In cross-attention, what stands behind the prompt was put there: a word of no value, by Bind Words.
-                tap.first, tap.words = 0, self.open[-1].words if self.levels else 0
+                # In cross-attention, what stands behind the prompt was put there: a word of no value, by Bind Words. Not where regions read
+                # it for themselves, once for each: no one of these is what the picture reads.
+                tap.first, tap.words = 0, self.open[-1].words if self.levels and not self._several() else 0
+
+    def _several(self) -> bool:
+        return self.run.spread is not None and len(self.run.spread.lengths) > 1
 
     def look_back(self, call: Call) -> None:
         now, missed = self.open[-1], 0

@@ -70,7 +70,8 @@ class Act(Protocol):
 class Part(Protocol):
     """What an effect places on one module. Parts of one class that meet on a module are joined into one act. The acts follow one another by
     `turn`, whatever the order of the nodes: each sees what those before it made of the module's output. An act that has a method
-    `run(inner, *args, **kwargs)` and a mark `called` stands around the module's forward, `inner`, instead of following it."""
+    `run(inner, *args, **kwargs)` and a mark `called` stands around the module's forward, `inner`, instead of following it. A class of acts
+    with a method `share(acts)` is handed those on an attention's q, k and v, once they were told what to use."""
 
     turn = ADAPTS
 
@@ -236,10 +237,11 @@ class Layer(Overlay):
         super().__init__(module)
         self.acts = acts
         self.placed = self.muted = False
+        self.last = False  # whether it is not placed again
 
     @property
     def free(self) -> bool:
-        """Whether it may be placed again: not while it is in its place, and not below anyone, who may lead to it."""
+        """Whether it may be placed again: not while it is in its place, and not where somebody else's forward is, which may lead to it."""
         return self.bound is None and self.method not in vars(self.owner)
 
     def place(self) -> None:
@@ -249,7 +251,7 @@ class Layer(Overlay):
     def remove(self) -> None:
         super().remove()
         self.placed = False
-        if self.bound is not None:
+        if self.last or self.bound is not None:
             self.empty()
 
     def empty(self) -> None:
@@ -485,8 +487,9 @@ class Run:
         return layers
 
     def _let_go(self) -> None:
-        """Other layers from now on. Those that are in their places are still their call's."""
+        """Other layers from now on. Those that are in their places are their call's until it ends."""
         for layer in self._laid[2]:
+            layer.last = True
             if layer.bound is None:
                 layer.empty()
         self._laid = {}, [], []
@@ -793,8 +796,8 @@ def _close(patcher) -> None:
     while runs and runs[-1][1].depth >= len(_nested()):
         gate, run = runs.pop()
         gate.runs.remove(run)
-        run.close()
         gate.release()
+        run.close()
         if not gate.runs:
             gate.remove()
     if not runs:

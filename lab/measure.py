@@ -109,7 +109,9 @@ def draw_latents(
         noise = noise_of_all[at : at + batch]
         nothing = torch.zeros_like(noise)
         latents.append(
-            comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, nothing, disable_pbar=True, seed=seed + at)
+            comfy.sample.sample(
+                model, noise, steps, cfg, sampler, scheduler, positive, negative, nothing, disable_pbar=True, seed=seed + at
+            )
         )
     return torch.cat(latents)
 

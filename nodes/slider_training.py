@@ -120,7 +120,14 @@ class SliderTrainText(io.ComfyNode):
                         "target `more`; less is not read."
                     ),
                 ),
-                io.Float.Input("eta", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="How far strength 1 goes. Not read by 'ablate'."),
+                io.Float.Input(
+                    "eta",
+                    default=2.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How far strength 1 goes. With 'range', 0.5 lets strength 2 draw what `more` asks for. Not read by 'ablate'.",
+                ),
                 *optimiser_inputs(500, 2e-4),
                 io.Int.Input("width", default=512, min=16, max=4096, step=8, tooltip="Width of the pictures that it is trained on."),
                 io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Their height."),
@@ -326,7 +333,7 @@ def signed(kind: str, eta: float) -> float:
     TrainingError where nothing would be learnt.
     """
     if eta == 0 and kind != ABLATE:
-        raise TrainingError("eta is 0, so there is nothing to learn. Set it to 1 or more.")
+        raise TrainingError("eta is 0, so there is nothing to learn. Set it to 1 or more, or to 0.5 with 'range'.")
     return {ERASE: -eta, ABLATE: 0.0}.get(kind, eta)
 
 

@@ -17,7 +17,9 @@ DoRA (arXiv 2402.09353) also sets the length of each output's weights, which the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -197,9 +199,9 @@ class _Apart:
         self._parts: dict[tuple[int, ...], tuple[Tensor, list]] = {}
         if len(flat) == len(self._of) and len({(factors.rank, factors.rows) for _, factors in flat}) == 1:  # nothing to fill up
             self._gains = [[(owner, factors.scale, factors.rank)] for owner, factors in flat]
-            self.ups = [(flat[0][1].rows, 0, torch.stack([factors.up.t() for _, factors in flat]).to(device, dtype))]
+            self.ups = [(flat[0][1].rows, 0, torch.stack([factors.up.t().to(dtype) for _, factors in flat]).to(device))]
             downs = [factors.down if factors.down.ndim == 2 else factors.down.flatten(1) for _, factors in flat]
-            self.down = torch.stack([down.t() for down in downs]).to(device, dtype)
+            self.down = torch.stack([down.t().to(dtype) for down in downs]).to(device)
             return
         downs: list[list[Tensor]] = [[] for _ in self._of]
         # Of each place: owner, scale and rank, one after another. What fills up, which is zeros, goes by the place's first.
@@ -213,17 +215,17 @@ class _Apart:
             ups = []
             for at, items in enumerate(own):
                 missing = width - sum(factors.rank for _, factors in items)
-                parts = [factors.up for _, factors in items]
-                downs[at] += [factors.down.flatten(1) for _, factors in items]
+                parts = [factors.up.to(dtype) for _, factors in items]  # one dtype: float8 joins no other
+                downs[at] += [factors.down.flatten(1).to(dtype) for _, factors in items]
                 self._gains[at] += [(owner, factors.scale, factors.rank) for owner, factors in items]
                 if missing:
-                    parts.append(torch.zeros(outputs, missing))
-                    downs[at].append(torch.zeros(missing, flat[0][1].down[0].numel()))
+                    parts.append(torch.zeros(outputs, missing, dtype=dtype))
+                    downs[at].append(torch.zeros(missing, flat[0][1].down[0].numel(), dtype=dtype))
                     self._gains[at].append((*leading[at], missing))
                 ups.append(_beside(parts, 1))
-            self.ups.append((rows, first, torch.stack([up.t() for up in ups]).to(device, dtype)))
+            self.ups.append((rows, first, torch.stack([up.t() for up in ups]).to(device)))
             first += width
-        self.down = torch.stack([_beside(parts, 0).t() for parts in downs]).to(device, dtype)
+        self.down = torch.stack([_beside(parts, 0).t() for parts in downs]).to(device)
 
     def setting(self, strengths: Sequence[float], places: Sequence[int | None], shares: Shares) -> tuple:
         """What `use` takes: for each bucket's places their shares times their gains, or these apart where the ranks of a place have unlike
@@ -281,8 +283,10 @@ class _Apart:
     def ranks(self, x: Tensor, bucket: Bucket) -> Tensor:
         """(P, B * n, r): x A^T of a bucket's rows, times shares and gains."""
         factors = self.factors[bucket.places]
-        if self.trio and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.trio[0].ranks(self.trio[1], x, bucket, factors)
+        if not torch.compiler.is_compiling() and self.trio and not torch.is_grad_enabled():
+            together = self.trio[0].ranks(self.trio[1], x, bucket, factors)
+            if together is not None:
+                return together
         return weigh(torch.bmm(bucket.pick(x), self.matrices(bucket.places)[0]), *factors)
 
     def lie_in(self, places: tuple[int, ...], down: Tensor) -> None:
@@ -312,34 +316,49 @@ class _Trio:
     """The ranks of several layers that are called one after another with the same x, which the first call computes for all. It knows
     nothing of those it serves but their numbers.
 
-    x is known by being the same object: it is let go of when every layer was served, and nobody writes to it before. downs: A of all
-    (P, in, sum of r) by bucket.
+    x is known by being the same object, and is not held. Where an x was not read by all (another pack gives some of the layers one of
+    their own), each computes its own ranks from then on. downs: A of all (P, in, sum of r) by bucket.
     """
 
-    def __init__(self, parts: Sequence[_Apart]):
-        self.downs = {places: torch.cat([part.matrices(places)[0] for part in parts], 2) for places in parts[0].factors}
-        self.spans, first = [], 0
-        for part in parts:
-            self.spans.append((first, part.down.shape[2]))
-            first += part.down.shape[2]
-        for places, down in self.downs.items():
-            for part, span in zip(parts, self.spans, strict=True):
-                part.lie_in(places, down.narrow(2, *span))
-        self._x: Tensor | None = None
+    def __init__(self):
+        self.downs: dict[tuple[int, ...], Tensor] = {}
+        self.spans: list[tuple[int, int]] = []
+        self.apart = False
+        self.begin([])
+
+    def begin(self, parts: Sequence[_Apart]) -> None:
+        """Serve them, by what they use now."""
+        self._x: weakref.ref | None = None
         self._found: dict[tuple[int, ...], Tensor] = {}
         self._served: set[tuple[int, tuple[int, ...]]] = set()
+        if not parts:
+            return
+        ends = list(accumulate((part.down.shape[2] for part in parts), initial=0))
+        self.spans = [(first, end - first) for first, end in pairwise(ends)]
+        self.places = parts[0].factors.keys()
+        for places in [known for known in self.downs if known not in self.places]:
+            if len(self.downs) > _Apart.PARTS:
+                del self.downs[places]
+        for places in self.places - self.downs.keys():
+            self.downs[places] = torch.cat([part.matrices(places)[0] for part in parts], 2)
+            for part, span in zip(parts, self.spans, strict=True):
+                part.lie_in(places, self.downs[places].narrow(2, *span))
 
-    def ranks(self, at: int, x: Tensor, bucket: Bucket, factors: tuple) -> Tensor:
-        """(P, B * n, r) of the layer of number `at`, as its own `_Apart.ranks` is."""
+    def ranks(self, at: int, x: Tensor, bucket: Bucket, factors: tuple) -> Tensor | None:
+        """(P, B * n, r) of the layer of number `at`, as its own `_Apart.ranks` is; None where it is to compute them itself."""
         places = bucket.places
-        if self._x is not x or (at, places) in self._served:
-            self._x, self._found, self._served = x, {}, set()
+        if self._x is None or self._x() is not x or (at, places) in self._served:
+            self.apart |= bool(self._served)
+            self._x, self._found, self._served = weakref.ref(x), {}, set()
+        if self.apart:
+            self.begin([])
+            return None
         if places not in self._found:
             self._found[places] = weigh(torch.bmm(bucket.pick(x), self.downs[places]), *factors)
         found = self._found[places].narrow(2, *self.spans[at])
         self._served.add((at, places))
-        if len(self._served) == len(self.spans) * len(self.downs):
-            self._x, self._found, self._served = None, {}, set()
+        if len(self._served) == len(self.spans) * len(self.places):
+            self.begin([])
         return found
 
 
@@ -536,22 +555,21 @@ class Stack:
         is computed once.
         """
         parts = [stack._placed for stack in stacks]
-        if not all(type(part) is _Apart for part in parts):
+        apart = [part for part in parts if type(part) is _Apart]
+        if len(apart) < len(parts):
+            for part in apart:
+                part.trio = None
             return
         first, amounts = parts[0], parts[0].amounts()
         alike = all(part.down.shape[:2] == first.down.shape[:2] and part.shares is first.shares for part in parts)
         alike = alike and all(part.amounts() == amounts and None not in dict(amounts).values() for part in parts)
-        now = first.trio[0] if first.trio else None
-        if (
-            alike
-            and now
-            and [part.trio for part in parts] == [(now, at) for at in range(len(parts))]
-            and now.downs.keys() == first.factors.keys()
-        ):
-            return
-        trio = _Trio(parts) if alike else None
-        for at, part in enumerate(parts):
-            part.trio = (trio, at) if trio else None
+        now = first.trio[0] if alike and first.trio else None
+        if now is None or [part.trio for part in parts] != [(now, at) for at in range(len(parts))]:
+            now = _Trio() if alike else None
+            for at, part in enumerate(parts):
+                part.trio = (now, at) if now else None
+        if now is not None:
+            now.begin(parts)
 
     def _parts(self, places: tuple[int | None, ...], apart: bool) -> tuple[_Together | None, _Together | _Apart | _Crops | None]:
         if (places, apart) not in self._built:

@@ -137,7 +137,7 @@ class Shares:
 
     def _product(self, kept: dict, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         if key not in kept:
-            while len(kept) >= self.TIMES:  # strengths may change in every step
+            while len(kept) >= self.TIMES * max(1, len(self._sizes)):  # strengths may change in every step
                 kept.pop(next(iter(kept)))
             kept[key] = make()
         return kept[key]

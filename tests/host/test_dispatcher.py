@@ -24,11 +24,16 @@ from comfy_extras.nodes_train import TrainLoraNode
 from torch._dynamo.utils import counters
 
 from concept_nodes.host import adapters, dispatcher
+from concept_nodes.host.regions import Hung, Regions
 from concept_nodes.host.run_record import find
 from concept_nodes.host.window import Window, course
+from concept_nodes.nodes.regions import RegionsApply
 from concept_nodes.nodes.sliders import Slider
-from concept_nodes.ops.lora import Factors
+from concept_nodes.ops.lora import Factors, Stack, _Apart
+from concept_nodes.ops.masks import Box
+from concept_nodes.ops.regions import Region
 from concept_nodes.ops.schedule import Schedule
+from concept_nodes.ops.shares import Bucket
 
 SETUP_SECONDS = 0.1
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-3)
@@ -653,6 +658,29 @@ def test_nothing_of_a_run_outlives_it(plain, put):
         assert [reference() for reference in kept if reference() is not None] == []
     finally:
         gc.enable()
+
+
+def test_q_k_and_v_pick_their_rows_once(plain, monkeypatch):
+    """Of four boxes; with sharing and without it the picture is the same."""
+    listed = Regions()
+    for at in range(4):
+        listed = listed.with_region(Region(str(at), shapes=(Box(at / 4, 0, 0.25, 1),)))
+        listed = listed.with_lora(str(at), Hung("random", models.lora(plain, seed=at)))
+    picked = []
+    monkeypatch.setattr(Bucket, "pick", lambda bucket, x, pick=Bucket.pick: picked.append(x.shape) or pick(bucket, x))
+
+    def sample():
+        picked.clear()
+        return models.sample(RegionsApply.execute(plain, [], [], listed).result[0], steps=1, cfg=1.0)
+
+    shared = []
+    monkeypatch.setattr(Stack, "share", lambda stacks, share=Stack.share: shared.append(stacks) or share(stacks))
+    together, times = sample(), len(picked)
+    assert shared and all(len(stacks) == 3 for stacks in shared)
+    attentions = sum(type(stacks[0]._placed) is _Apart for stacks in shared)
+    monkeypatch.setattr(Stack, "share", lambda stacks: None)
+    torch.testing.assert_close(sample(), together)
+    assert attentions and len(picked) == times + 2 * attentions
 
 
 def test_calls_of_a_run_have_the_same_layers(plain):

@@ -218,11 +218,12 @@ class TestShare:
     """Stacks on layers that read the same x one after another: each gives what it gives alone."""
 
     def stacks(self, shares, strengths=(1.0, 0.5, -0.7), ranks=(3, 3, 3)):
+        k_of = range(len(strengths))
         made = []
         for at, rank in enumerate(ranks):
-            adapters = [[Factors(random(rank, 10, seed=9 * at + k), random(12, rank, seed=70 + 9 * at + k), 0.5)] for k in range(3)]
+            adapters = [[Factors(random(rank, 10, seed=9 * at + k), random(12, rank, seed=70 + 9 * at + k), 0.5)] for k in k_of]
             made.append(Stack(adapters, CPU, torch.float32))
-            made[-1].set_strengths(strengths, range(3), shares)
+            made[-1].set_strengths(strengths, k_of, shares)
         return made
 
     def work(self, stacks, x, times=1):
@@ -233,8 +234,9 @@ class TestShare:
             found = [stack(torch.zeros(2, 24, 12), True, x) for _ in range(times) for stack in stacks]
         return found, sum(counter.get_flop_counts()["Global"].values())
 
-    def rows(self):
-        return Shares(torch.nn.functional.one_hot(torch.tensor([0] * 12 + [1] * 9 + [2] * 3), 3).t().float()[:, None])
+    def rows(self, counts=(12, 9, 3)):
+        owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return Shares(torch.nn.functional.one_hot(owners, len(counts)).t().float()[:, None])
 
     @pytest.mark.parametrize("ranks", [(3, 3, 3), (3, 1, 4)])
     def test_is_what_each_gives_alone(self, ranks):
@@ -300,8 +302,55 @@ class TestShare:
         Stack.share(stacks)
         x = random(2, 24, 10, seed=5).double()
         alone = self.stacks(self.rows())
-        found, expected = ([stack(torch.zeros(2, 24, 12).double(), True, x) for stack in made] for made in (stacks, alone))
+        with torch.inference_mode():
+            found, expected = ([stack(torch.zeros(2, 24, 12).double(), True, x) for stack in made] for made in (stacks, alone))
         torch.testing.assert_close(found, expected)
+        assert all(stack._placed.trio is None for stack in stacks)
+
+    @pytest.mark.parametrize("counts", [(8, 8, 8), (16, 6, 2), (12, 9, 3)], ids=["one bucket", "three", "two"])
+    def test_kinds_of_calls_take_turns(self, counts):
+        """Places of other sizes from call to call, as for another part of the picture."""
+        first, second = self.rows(counts), self.rows((9, 12, 3))
+        stacks, x = self.stacks(first), random(2, 24, 10, seed=5)
+        for shares in (first, second, first, second):
+            for stack in stacks:
+                stack.set_strengths((1.0, 0.5, -0.7), range(3), shares)
+            Stack.share(stacks)
+            torch.testing.assert_close(self.work(stacks, x)[0], self.work(self.stacks(shares), x)[0])
+            assert all(stack._placed.trio for stack in stacks)
+
+    def test_one_that_works_on_all_rows_ends_it_for_the_others(self, monkeypatch):
+        first, second = self.rows(), self.rows((8, 8, 8))
+        stacks, x = self.stacks(first), random(2, 24, 10, seed=5)
+        Stack.share(stacks)
+        for at, stack in enumerate(stacks):
+            monkeypatch.setattr(stack, "WORTH", 0.0 if at == 1 else 100.0)
+            stack.set_strengths((1.0, 0.5, -0.7), range(3), second)
+        Stack.share(stacks)
+        assert [type(stack._placed) for stack in stacks] == [_Apart, _Together, _Apart]
+        torch.testing.assert_close(self.work(stacks, x)[0], self.work(self.stacks(second), x)[0])
+
+    def test_five_sizes_are_shared_too(self):
+        shares = self.rows((1, 2, 3, 5, 13))
+        assert len(shares.groups()) == 5
+        stacks, x = self.stacks(shares, (1.0, 0.5, -0.7, 0.2, 0.3)), random(2, 24, 10, seed=5)
+        Stack.share(stacks)
+        assert all(stack._placed.trio for stack in stacks)
+        torch.testing.assert_close(self.work(stacks, x)[0], self.work(self.stacks(shares, (1.0, 0.5, -0.7, 0.2, 0.3)), x)[0])
+
+    @pytest.mark.parametrize("ranks", [(2, 2), (2, 3)])
+    def test_float8_files_join_others(self, ranks):
+        """Which torch does not promote."""
+        adapters = [[Factors(random(rank, 10, seed=rank), random(12, rank, seed=9))] for rank in ranks]
+        coarse = [[Factors(adapters[0][0].down.to(torch.float8_e4m3fn), adapters[0][0].up.to(torch.float8_e4m3fn))], adapters[1]]
+        exact = [[Factors(coarse[0][0].down.float(), coarse[0][0].up.float())], adapters[1]]
+        shares, x, found = Shares(shared(2, 24, seed=1)), random(2, 24, 10, seed=5), []
+        for made in (coarse, exact):
+            stack = Stack(made, CPU, torch.float32)
+            stack.set_strengths([1.0, 1.0], [0, 1], shares)
+            assert type(stack._placed) is _Apart
+            found.append(stack(torch.zeros(2, 24, 12), True, x))
+        torch.testing.assert_close(*found)
 
     def test_gains_and_columns_of_one_number_are_not_mistaken(self):
         """As many ranks as places, by the same strengths."""
